@@ -475,10 +475,6 @@ func (s *service) admit() (permit, *OpenError) {
 
 // settle tells the breaker what an attempt has shown, and counts it.
 func (s *service) settle(c *chain, pass permit, v verdict) {
-	if v.outcome == Success && s.healthy(pass) {
-		s.hot.cell().successes.Add(1)
-		return
-	}
 	r := s.rest()
 	r.breaker.mu.Lock()
 	r.breaker.record(pass, v, time.Now())

@@ -1060,3 +1060,28 @@ func statsHeap() int64 {
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
 }
+
+// Hosts that share a service take the shortcut, too, but no more than so many.
+func TestShortcutsOfASharedServiceAreBounded(t *testing.T) {
+	tr := &Transport{Base: statsOK, Policy: Policy{Service: "all"}}
+	const n = maxServices + 100
+	statsFill(t, tr, n)
+	live := 0
+	for range tr.load().byHost.all() {
+		live++
+	}
+	require.Equal(t, maxServices, live)
+	statsFill(t, tr, n)
+	st, _ := tr.Stats("all")
+	require.EqualValues(t, 2*n, st.OK)
+	require.Len(t, slices.Collect(tr.All()), 1)
+}
+
+func TestTripWithoutATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tr := &Transport{Policy: Policy{Service: "s"}}
+		require.True(t, tr.Trip("s", 0))
+		st, _ := tr.Stats("s")
+		require.Equal(t, time.Now().Add(time.Minute), st.OpenUntil)
+	})
+}

@@ -892,24 +892,21 @@ func (k *call) spend() bool {
 // takeBody gets the body of the next attempt while there still is a result to
 // return if that fails.
 func (k *call) takeBody() bool {
-	switch {
-	case !hasBody(k.req):
-	case k.body != nil:
-		attempt := k.body.Next()
-		if attempt == nil {
-			return false
-		}
-		k.next = attempt
-	case k.req.GetBody != nil:
-		next, err := k.req.GetBody()
-		if err != nil {
-			return false
-		}
-		k.next = next
-	default:
-		return false
+	if !hasBody(k.req) {
+		return true
 	}
-	return true
+	if k.body != nil {
+		attempt := k.body.Next()
+		if attempt != nil {
+			k.next = attempt
+		}
+		return attempt != nil
+	}
+	next, err := k.req.GetBody()
+	if err == nil {
+		k.next = next
+	}
+	return err == nil
 }
 
 // markFinal notes that the latest result is final though it may look like one

@@ -1652,3 +1652,35 @@ func TestTransportStatsByName(t *testing.T) {
 		require.False(t, ok)
 	})
 }
+
+// A Layer that makes nothing is a bad configuration; one that panics does so
+// for each request.
+func TestTransportBrokenLayers(t *testing.T) {
+	body := transportPlain()
+	tr := &Transport{Layers: []Layer{func(http.RoundTripper) http.RoundTripper { return nil }}}
+	_, err := tr.RoundTrip(transportRequest(t, "POST", "http://api.example.com", body))
+	assert.EqualError(t, err, "tripper: Layers[0] returned nil: want a RoundTripper")
+
+	tr = &Transport{Layers: []Layer{func(http.RoundTripper) http.RoundTripper { panic("layer") }}}
+	for range 2 {
+		assert.PanicsWithValue(t, "layer", func() {
+			_, _ = tr.RoundTrip(transportRequest(t, "GET", "http://api.example.com", nil))
+		})
+	}
+}
+
+func TestTransportClosesIdleConnectionsOfTheDefault(t *testing.T) {
+	was := http.DefaultTransport
+	defer func() { http.DefaultTransport = was }()
+	base := &closingBase{}
+	http.DefaultTransport = base
+	(&http.Client{Transport: &Transport{}}).CloseIdleConnections()
+	assert.Equal(t, 1, base.closed)
+}
+
+type closingBase struct {
+	policyBase
+	closed int
+}
+
+func (b *closingBase) CloseIdleConnections() { b.closed++ }

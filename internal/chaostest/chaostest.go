@@ -38,6 +38,7 @@ var faultNames = [faults]string{"none", "refuse", "reset unsent", "reset before 
 	"reset after headers", "half a body", "hang", "hang answered", "hang in body", "drip", "garbage", "impostor",
 	"plain text for TLS", "hang up in handshake"}
 
+// String names the fault.
 func (f Fault) String() string { return faultNames[f] }
 
 // A Plan is what befalls one connection: the Fault strikes the exchange number

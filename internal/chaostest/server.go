@@ -65,6 +65,7 @@ func (s *Recorder) note(r *http.Request, change func(*Seen)) {
 	s.seen[r.Header.Get(IDHeader)] = seen
 }
 
+// ServeHTTP answers as the schedule says, and remembers the request.
 func (s *Recorder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rnd := rand.New(rand.NewPCG(s.Seed, s.number.Add(1)))
 	s.note(r, func(seen *Seen) { seen.Arrived++ })

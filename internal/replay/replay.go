@@ -18,7 +18,10 @@ import (
 // caller's, not the service's, and sending it again would fail as well.
 type ReadError struct{ Err error }
 
+// Error says what the source did.
 func (e *ReadError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the source's error.
 func (e *ReadError) Unwrap() error { return e.Err }
 
 // Timeout reports whether the source timed out. (url.Error asks the error that
@@ -221,6 +224,7 @@ func (a *Attempt) Wait(done <-chan struct{}, limit time.Duration) {
 	}
 }
 
+// Read gives what is kept and then what the source gives.
 func (a *Attempt) Read(p []byte) (int, error) {
 	b := a.body
 	b.mu.Lock()

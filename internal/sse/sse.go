@@ -29,9 +29,12 @@ type Failure struct {
 	Err      error
 }
 
+// Error says why the stream failed.
 func (f *Failure) Error() string {
 	return "tripper: event stream failed before its first event: " + f.Err.Error()
 }
+
+// Unwrap returns Err.
 func (f *Failure) Unwrap() error { return f.Err }
 
 // maxHeld bounds what is held back; a longer beginning counts as an event.
@@ -99,6 +102,7 @@ func (b *Body) hold() error {
 // Failed returns the error event that the stream has had so far, or nil.
 func (b *Body) Failed() error { return b.parser.failed }
 
+// Read gives what was held, and then what comes.
 func (b *Body) Read(p []byte) (int, error) {
 	if len(b.held) > 0 {
 		n := copy(p, b.held)
@@ -115,6 +119,7 @@ func (b *Body) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Close closes the stream.
 func (b *Body) Close() error { return b.rc.Close() }
 
 // A parser follows a stream of events line by line, whatever pieces it comes
