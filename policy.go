@@ -472,13 +472,21 @@ func CheckRetry(ctx context.Context, resp *http.Response, err error) (bool, erro
 }
 
 func retryableAnswer(resp *http.Response) bool {
-	switch resp.Header.Get("X-Should-Retry") {
+	switch first(resp.Header, "X-Should-Retry") {
 	case "true":
 		return true
 	case "false":
 		return false
 	}
 	return failedStatus(resp.StatusCode)
+}
+
+// first is h.Get for a key in canonical form, which Get would check each time.
+func first(h http.Header, key string) string {
+	if values := h[key]; len(values) > 0 {
+		return values[0]
+	}
+	return ""
 }
 
 func failedStatus(code int) bool {
@@ -612,10 +620,10 @@ func DefaultOutcome(resp *http.Response, err error) Outcome {
 // negative: a date that has passed gives 0, and what no Duration holds gives
 // the longest one. Negative and unreadable values count as absent.
 func RetryAfter(h http.Header, now time.Time) (time.Duration, bool) {
-	if d, ok := parseWait(h.Get("Retry-After-Ms"), time.Millisecond); ok {
+	if d, ok := parseWait(first(h, "Retry-After-Ms"), time.Millisecond); ok {
 		return d, true
 	}
-	v := strings.TrimSpace(h.Get("Retry-After"))
+	v := strings.TrimSpace(first(h, "Retry-After"))
 	if d, ok := parseWait(v, time.Second); ok {
 		return d, true
 	}
