@@ -668,7 +668,9 @@ func (c *call) failed(req *http.Request, err error) {
 		s.rejected.Add(1)
 	case cancelled:
 		s.cancelled.Add(1)
-	case c.left.Load():
+	case c.left.Load(), strings.Contains(err.Error(), "net/http: request canceled"):
+		// The latter is also what net/http gives to a request that gets the
+		// connection of one whose caller has just left.
 		s.eitherWay.Add(1)
 	default:
 		s.failed.Add(1)
