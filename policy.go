@@ -654,7 +654,7 @@ func parseWait(s string, unit time.Duration) (time.Duration, bool) {
 // wait returns the backoff before retry n (0, 1, …), given the wait before it.
 func (r *RetryPolicy) wait(n int, last time.Duration) time.Duration {
 	d := r.MaxWait // MinWait·2ⁿ, held to MaxWait
-	if n < 63 && r.MinWait <= r.MaxWait>>n {
+	if r.MinWait <= r.MaxWait>>n {
 		d = r.MinWait << n
 	}
 	switch r.Jitter {

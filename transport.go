@@ -597,8 +597,7 @@ type call struct {
 	next    io.ReadCloser // its body, if there is one
 	engine  retryablehttp.Client
 	client  http.Client
-	resumed bool  // the engine has been handed the first result
-	decided bool  // and told to retry
+	resumed bool  // the engine has been handed the first result, and told to retry
 	dropped error // the error of Prepare
 }
 
@@ -693,14 +692,13 @@ func (r *resume) RoundTrip(*http.Request) (*http.Response, error) {
 			k.service.rest().retries.Add(1)
 		}
 	}
-	k.resumed = true
 	return standInResponse, nil
 }
 
 // check is the engine's CheckRetry.
 func (k *call) check(context.Context, *http.Response, error) (bool, error) {
-	if !k.decided {
-		k.decided = true
+	if !k.resumed {
+		k.resumed = true
 		return true, nil
 	}
 	return k.decide(), nil

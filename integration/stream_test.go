@@ -70,18 +70,28 @@ func anthropicStreamer() streamer {
 		return func(yield func(string, error) bool) {
 			c := newAnthropic(url, hc)
 			events := c.Messages.NewStreaming(ctx, claudeRequest)
-			defer events.Close()
-			for events.Next() {
-				if !yield(events.Current().RawJSON(), nil) {
-					return
-				}
-			}
-			if events.Err() != nil {
-				yield("", events.Err())
-			}
+			yieldEvents(events, yield)
 		}
 	}
 	return s
+}
+
+// yieldEvents passes on what the stream of a Stainless SDK gives.
+func yieldEvents[E interface{ RawJSON() string }](events interface {
+	Next() bool
+	Current() E
+	Err() error
+	Close() error
+}, yield func(string, error) bool) {
+	defer events.Close()
+	for events.Next() {
+		if !yield(events.Current().RawJSON(), nil) {
+			return
+		}
+	}
+	if events.Err() != nil {
+		yield("", events.Err())
+	}
 }
 
 func openaiStreamer() streamer {
@@ -95,15 +105,7 @@ func openaiStreamer() streamer {
 		return func(yield func(string, error) bool) {
 			c := newOpenAI(url, hc)
 			events := c.Chat.Completions.NewStreaming(ctx, gptRequest)
-			defer events.Close()
-			for events.Next() {
-				if !yield(events.Current().RawJSON(), nil) {
-					return
-				}
-			}
-			if events.Err() != nil {
-				yield("", events.Err())
-			}
+			yieldEvents(events, yield)
 		}
 	}
 	return s
