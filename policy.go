@@ -2,25 +2,20 @@ package tripper
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
 	"math"
-	"math/rand/v2"
-	"net"
 	"net/http"
-	"net/netip"
 	"reflect"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/go-retryablehttp"
 
-	"github.com/tripper-go/tripper/internal/replay"
+	"github.com/tripper-go/tripper/internal/fault"
+	"github.com/tripper-go/tripper/internal/hosts"
+	"github.com/tripper-go/tripper/internal/pace"
 )
 
 // Policy says how requests to a service are retried and when its circuit
@@ -52,11 +47,19 @@ type Policy struct {
 	// first real event (comments and ping events are none; at most 64 KiB are
 	// held). If the stream ends, breaks off or begins with an error event that
 	// a retry may cure (overloaded_error, rate_limit_error, api_error,
-	// timeout_error) before that, the attempt has failed and is retried. From
+	// timeout_error, and OpenAI's like them) before that, the attempt has failed and is retried. From
 	// the first event on nothing is held, and nothing is sent again; an error
-	// event then counts as a failure of the stream. False means that streams
-	// are passed on as they come.
+	// event then means for the breaker what its status would. Timeout covers the
+	// hold. False means that streams are passed on as they come.
 	HoldStream bool
+
+	// TotalTimeout limits all attempts and waits together, until the headers of
+	// the response that the caller gets. Unlike a context's deadline it never
+	// cuts a body. Zero means no limit.
+	TotalTimeout time.Duration
+
+	// SDK says how to treat SDKs that retry by themselves. Zero means SDKAuto.
+	SDK SDK
 }
 
 // RetryPolicy says what is retried, how often, and how long to wait. The zero
@@ -84,7 +87,7 @@ type RetryPolicy struct {
 	// begin. Zero means no limit.
 	MaxElapsed time.Duration
 
-	// Replay says which requests may be sent again. Zero means ReplayAny.
+	// Replay says which requests may be sent again. Zero means ReplaySafe.
 	Replay Replay
 
 	// IdempotencyKey gives each POST and PATCH request that has none an
@@ -94,9 +97,9 @@ type RetryPolicy struct {
 
 	// BodyLimit is how many bytes of a request body without GetBody are kept,
 	// as they are sent, so that they can be sent again. A longer body streams
-	// through and has one attempt. One that can seek is kept by none of its
-	// bytes, but by where it was handed over. Zero means 64 KiB; below zero
-	// means that such bodies are never sent again.
+	// through and has one attempt, unless it can seek. Zero means 1 MiB; below
+	// zero means that such bodies are never sent again. All bodies together are
+	// bounded by Transport.ReplayMemory.
 	BodyLimit int64
 
 	// Budget limits the retries of the service as a whole. The zero Budget
@@ -123,8 +126,12 @@ type RetryPolicy struct {
 // again (https://martinfowler.com/bliki/CircuitBreaker.html). The zero
 // BreakerPolicy has the defaults given at each field.
 type BreakerPolicy struct {
-	// FailureThreshold is how many failures in a row open the breaker.
-	// Zero means 5; below zero means that there is no breaker at all.
+	// FailureThreshold is how many failures in a row open the breaker: attempts
+	// that it admitted one after the other and that have all failed, at their
+	// answer or when their body broke off. Ignored attempts in between are passed
+	// over; one that has succeeded or is still under way ends the row. Zero means
+	// 5; below zero means that rows do not count: with a FailureRate the breaker
+	// opens by that alone, without one there is no breaker.
 	FailureThreshold int
 
 	// RecoveryTimeout is how long the breaker stays open before it lets probes
@@ -132,7 +139,8 @@ type BreakerPolicy struct {
 	RecoveryTimeout time.Duration
 
 	// SuccessThreshold is how many successful probes close the breaker, and
-	// also how many may be under way at a time. Zero means 2.
+	// also how many may be under way at a time. A probe that has not come back
+	// within RecoveryTimeout gives its place to another. Zero means 2.
 	SuccessThreshold int
 
 	// MaxRecoveryTimeout, if longer than RecoveryTimeout, makes the time that
@@ -141,17 +149,28 @@ type BreakerPolicy struct {
 	MaxRecoveryTimeout time.Duration
 
 	// FailureRate also opens the breaker when this share of the attempts
-	// within Window failed, once there are MinRequests of them: 0.5 is half.
-	// Ignored attempts do not count. Zero means off. It costs each attempt a
-	// look at the clock and a lock.
+	// that ended within Window, or began in it and are still under way, failed,
+	// once there are MinRequests of them: 0.5 is half. Ignored attempts do not
+	// count. Zero means off. It costs each attempt a look at the clock and a
+	// lock.
 	FailureRate float64
 	Window      time.Duration // zero means 10s
 	MinRequests int           // zero means 20
 
 	// SlowCall counts an attempt whose response headers take longer than this
-	// as a failure. Zero means off. It costs each attempt two looks at the
-	// clock.
+	// as a failure, also if its caller has left by then. Zero means off. It costs
+	// each attempt two looks at the clock.
 	SlowCall time.Duration
+
+	// MinDeadline is how much time a caller's deadline must have left the service
+	// for its passing to count as a failure; otherwise it is ignored. Zero means
+	// one second, or Timeout if that is shorter.
+	MinDeadline time.Duration
+
+	// Observe makes the breaker count, change its state and tell of it, but
+	// reject nothing, not even when tripped by hand: to try a policy in
+	// production.
+	Observe bool
 
 	// Outcome says what the result of an attempt tells the breaker. It is not
 	// asked about attempts that the caller cancelled: they are ignored.
@@ -187,18 +206,54 @@ const (
 	JitterNone                       // d
 )
 
+var jitterNames = []string{"equal", "full", "decorrelated", "none"}
+
+// String returns equal, full, decorrelated or none.
+func (j Jitter) String() string { return nameOf(jitterNames, int(j), "Jitter") }
+
+// MarshalText gives what String does.
+func (j Jitter) MarshalText() ([]byte, error) { return []byte(j.String()), nil }
+
+// UnmarshalText reads what MarshalText gives, in upper or lower case.
+func (j *Jitter) UnmarshalText(text []byte) error { return parseName(j, jitterNames, text, "jitter") }
+
 // Replay says which requests may be sent again.
 type Replay int
 
 const (
-	// ReplayAny retries requests of every method.
-	ReplayAny Replay = iota
-
 	// ReplaySafe retries the idempotent methods (RFC 9110, section 9.2.2) and
-	// requests with an Idempotency-Key. Others are retried only when the
-	// attempt provably did nothing: it was never sent, the server refused the
-	// HTTP/2 stream (RFC 9113, section 8.7), or it answered 429, 503 or 529.
-	ReplaySafe
+	// requests with an Idempotency-Key. Others are retried only when the attempt
+	// did nothing: it was never sent (dialling, the TLS handshake or CONNECT
+	// failed), the server refused the HTTP/2 stream (RFC 9113, section 8.7), or it
+	// answered 429, 529, or 503 with a Retry-After.
+	ReplaySafe Replay = iota
+
+	// ReplayAny retries requests of every method.
+	ReplayAny
+)
+
+var replayNames = []string{"safe", "any"}
+
+// String returns safe or any.
+func (r Replay) String() string { return nameOf(replayNames, int(r), "Replay") }
+
+// MarshalText gives what String does.
+func (r Replay) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText reads what MarshalText gives, in upper or lower case.
+func (r *Replay) UnmarshalText(text []byte) error { return parseName(r, replayNames, text, "replay") }
+
+// SDK says how to treat requests of SDKs that retry by themselves: those with an
+// X-Stainless-Retry-Count, such as the Claude and OpenAI SDKs send.
+type SDK int
+
+const (
+	// SDKAuto tells such an SDK, by x-should-retry: false, not to retry a final
+	// answer, and gives it an answer also where there is none.
+	SDKAuto SDK = iota
+
+	// SDKOff treats its requests like all others.
+	SDKOff
 )
 
 // DefaultPolicy returns what the zero Policy means, with every default spelled
@@ -212,31 +267,49 @@ func HighTraffic() Policy {
 }
 
 // Critical returns a Policy for services whose success is worth a wait: 5
-// attempts, waits from 2s to 30s.
+// attempts, waits from 2s to 30s. Its breaker opens after 10 failures in a row,
+// more than one request can cause.
 func Critical() Policy {
-	return attempts(5, 2*time.Second, 30*time.Second)
+	p := attempts(5, 2*time.Second, 30*time.Second)
+	p.Breaker.FailureThreshold = 10
+	return p
 }
 
 // BackgroundJob returns a Policy for work that nobody waits for: 10 attempts,
-// waits from 5s to 60s.
+// waits from 5s to 60s. Its breaker opens after 20 failures in a row, more than
+// one request can cause.
 func BackgroundJob() Policy {
-	return attempts(10, 5*time.Second, time.Minute)
+	p := attempts(10, 5*time.Second, time.Minute)
+	p.Breaker.FailureThreshold = 20
+	return p
 }
 
-// Claude returns the Policy for the Claude API: service "claude_api", 180s for
-// each attempt until its response headers, and HoldStream.
+// Claude returns the Policy for the Claude API: service "claude_api", every
+// method retried, 180s for each attempt until its response headers, HoldStream,
+// and request bodies of up to 32 MiB, the API's own limit.
 func Claude() Policy {
+	p := OpenAI()
+	p.Service, p.Timeout = "claude_api", 180*time.Second
+	return p
+}
+
+// OpenAI returns the Policy for the OpenAI API: service "openai_api", every
+// method retried, HoldStream, and request bodies of up to 32 MiB.
+func OpenAI() Policy {
 	p := DefaultPolicy()
-	p.Service, p.Timeout, p.HoldStream = "claude_api", 180*time.Second, true
+	p.Service, p.HoldStream = "openai_api", true
+	p.Retry.Replay, p.Retry.BodyLimit = ReplayAny, 32<<20
 	return p
 }
 
 // Agent returns the Policy for the HTTP actions of agents: service
-// "agent_http", and 30s for each attempt until its response headers. Clear
-// Service to give each host a breaker of its own.
+// "agent_http", every method retried, with an Idempotency-Key for each POST and
+// PATCH, and 30s for each attempt until its response headers. Clear Service to
+// give each host a breaker of its own.
 func Agent() Policy {
 	p := DefaultPolicy()
 	p.Service, p.Timeout = "agent_http", 30*time.Second
+	p.Retry.Replay, p.Retry.IdempotencyKey = ReplayAny, true
 	return p
 }
 
@@ -263,7 +336,7 @@ func (r RetryPolicy) withDefaults() RetryPolicy {
 	setDefault(&r.MinWait, time.Second)
 	setDefault(&r.MaxWait, max(10*time.Second, r.MinWait))
 	setDefault(&r.MaxRetryAfter, time.Minute)
-	setDefault(&r.BodyLimit, 64<<10)
+	setDefault(&r.BodyLimit, 1<<20)
 	setDefault(&r.Budget, Budget{Ratio: 0.2, MinPerSecond: 10})
 	return r
 }
@@ -291,10 +364,21 @@ func notNegative[T int | time.Duration](c *check, field string, v T) {
 	c.want(v >= 0, field, v, "zero (the default) or more")
 }
 
+// limit wants a limit in time, and finds the one that was given without a unit.
+func (c *check) limit(field string, d time.Duration) {
+	notNegative(c, field, d)
+	c.want(d <= 0 || d >= time.Microsecond, field, d, "a time.Duration with a unit, such as 30*time.Second")
+}
+
 func (p Policy) validate(where string) []error {
 	c := &check{where: where}
-	notNegative(c, "Timeout", p.Timeout)
+	c.limit("Timeout", p.Timeout)
 	notNegative(c, "Idle", p.Idle)
+	c.limit("TotalTimeout", p.TotalTimeout)
+	c.want(p.SDK == SDKAuto || p.SDK == SDKOff, "SDK", int(p.SDK), "SDKAuto or SDKOff")
+	if slow := p.Breaker.SlowCall; slow > 0 && p.Timeout > 0 {
+		c.want(slow <= p.Timeout, "Breaker.SlowCall", slow, fmt.Sprintf("at most Timeout, which is %v: no attempt takes longer", p.Timeout))
+	}
 	return slices.Concat(c.errs, p.Retry.validate(where+".Retry"), p.Breaker.validate(where+".Breaker"))
 }
 
@@ -309,9 +393,11 @@ func (r RetryPolicy) validate(where string) []error {
 	c.want(r.Jitter >= JitterEqual && r.Jitter <= JitterNone, "Jitter", int(r.Jitter), "one of the Jitter constants")
 	notNegative(c, "MaxRetryAfter", r.MaxRetryAfter)
 	notNegative(c, "MaxElapsed", r.MaxElapsed)
+	c.want(r.MaxElapsed <= 0 || r.MaxElapsed >= d.MinWait, "MaxElapsed", r.MaxElapsed,
+		fmt.Sprintf("at least MinWait, which is %v: no retry could begin", d.MinWait))
 	c.want(r.Replay == ReplayAny || r.Replay == ReplaySafe, "Replay", int(r.Replay), "ReplayAny or ReplaySafe")
-	c.want(!math.IsNaN(r.Budget.Ratio) && !math.IsInf(r.Budget.Ratio, 0), "Budget.Ratio", r.Budget.Ratio,
-		"a share of the requests, or below zero for no budget")
+	c.want(r.Budget.Ratio <= 10 && !math.IsInf(r.Budget.Ratio, 0), "Budget.Ratio", r.Budget.Ratio,
+		"a share of the requests, such as 0.2 for 20%, or below zero for no budget")
 	c.want(r.Budget.MinPerSecond >= 0 && !math.IsInf(r.Budget.MinPerSecond, 0), "Budget.MinPerSecond", r.Budget.MinPerSecond,
 		"zero or more retries a second")
 	return c.errs
@@ -328,6 +414,7 @@ func (b BreakerPolicy) validate(where string) []error {
 	notNegative(c, "Window", b.Window)
 	notNegative(c, "MinRequests", b.MinRequests)
 	notNegative(c, "SlowCall", b.SlowCall)
+	notNegative(c, "MinDeadline", b.MinDeadline)
 	return c.errs
 }
 
@@ -336,21 +423,37 @@ func (b BreakerPolicy) validate(where string) []error {
 // be called at any time.
 func (t *Transport) Validate() error {
 	errs := t.Policy.validate("Policy")
-	if t.Base == http.RoundTripper(t) {
+	switch base := reflect.ValueOf(t.Base); {
+	case t.Base == http.RoundTripper(t):
 		errs = append(errs, errors.New("tripper: Base is the Transport itself: want the RoundTripper below it"))
+	case base.Kind() == reflect.Pointer && base.IsNil():
+		errs = append(errs, fmt.Errorf("tripper: Base is a nil %T: want a RoundTripper, or no Base at all", t.Base))
+	}
+	if t.ReplayMemory < 0 {
+		errs = append(errs, fmt.Errorf("tripper: ReplayMemory is %d: want zero (the default) or more", t.ReplayMemory))
 	}
 	for i, layer := range t.Layers {
 		if layer == nil {
 			errs = append(errs, fmt.Errorf("tripper: Layers[%d] is nil: want a Layer", i))
 		}
 	}
-	patterns := make(map[hostPort]string)
+	for i, o := range t.Observers {
+		if o == nil {
+			errs = append(errs, fmt.Errorf("tripper: Observers[%d] is nil: want an Observer", i))
+		}
+	}
+	return errors.Join(append(errs, t.validateHosts()...)...)
+}
+
+// validateHosts looks at each host's policy, and at what they have in common.
+func (t *Transport) validateHosts() (errs []error) {
+	patterns := make(map[hosts.Pattern]string)
 	shared := map[string]namedPolicy{t.Policy.Service: {"Policy", t.Policy}}
 	delete(shared, "") // an unnamed Policy gives each host a service of its own
 	for _, pattern := range slices.Sorted(maps.Keys(t.Hosts)) {
 		p, field := t.Hosts[pattern], fmt.Sprintf("Hosts[%q]", pattern)
 		errs = append(errs, p.validate(field)...)
-		key, err := parsePattern(pattern)
+		key, err := hosts.ParsePattern(pattern)
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -359,7 +462,7 @@ func (t *Transport) Validate() error {
 			errs = append(errs, fmt.Errorf("tripper: Hosts[%q] and Hosts[%q] are the same host: want one of them", other, pattern))
 		}
 		patterns[key] = pattern
-		name := key.mayName(p)
+		name := key.Service(p.Service)
 		if name == "" {
 			continue
 		}
@@ -369,7 +472,7 @@ func (t *Transport) Validate() error {
 		}
 		shared[name] = namedPolicy{field, p}
 	}
-	return errors.Join(errs...)
+	return errs
 }
 
 type namedPolicy struct {
@@ -392,81 +495,18 @@ func (p Policy) sameService(q Policy) bool {
 	return outcomes[0] == outcomes[1] && p.Retry.Budget == q.Retry.Budget && reflect.DeepEqual(p.Breaker, q.Breaker)
 }
 
-// A hostPort is a host in lower case without a trailing dot, and a port or "".
-// In a pattern a host that begins with a dot stands for every name below it.
-type hostPort struct{ host, port string }
-
-func parsePattern(pattern string) (hostPort, error) {
-	hp := canonicalHost(pattern)
-	name, wild := strings.CutPrefix(hp.host, "*.")
-	literal, bracketed := strings.CutPrefix(name, "[")
-	ok := !strings.ContainsAny(pattern, "/@?#%\\ \t\r\n")
-	if bracketed {
-		address, err := netip.ParseAddr(strings.TrimSuffix(literal, "]"))
-		ok = ok && !wild && strings.HasSuffix(literal, "]") && err == nil && address.Is6()
-	} else {
-		ok = ok && !strings.ContainsAny(name, "*:[]") && !slices.Contains(strings.Split(name, "."), "")
-	}
-	if !ok {
-		return hp, fmt.Errorf(`tripper: Hosts[%q] is no host: want one such as "api.example.com", "localhost:8080" or "*.example.com"`, pattern)
-	}
-	port, err := strconv.ParseUint(hp.port, 10, 16)
-	if hp.port != "" && (err != nil || strconv.FormatUint(port, 10) != hp.port || port == 0) {
-		return hp, fmt.Errorf("tripper: Hosts[%q] has port %q: want 1 to 65535", pattern, hp.port)
-	}
-	if wild {
-		hp.host = "." + name
-	}
-	return hp, nil
-}
-
-// mayName returns the service that a host of the pattern hp has under the
-// policy p, or "" if there are many. With the ports 80 and 443 it depends on
-// the scheme whether the port is part of the name.
-func (hp hostPort) mayName(p Policy) string {
-	switch {
-	case p.Service != "":
-		return p.Service
-	case hp.host[0] == '.':
-		return ""
-	case hp.port == "", hp.schemes():
-		return hp.host
-	}
-	return hp.host + ":" + hp.port
-}
-
-// schemes reports whether hp's port is some scheme's default port.
-func (hp hostPort) schemes() bool { return hp.port == "80" || hp.port == "443" }
-
-// canonicalHost splits the authority of a URL. It allocates only when there is
-// an upper-case letter.
-func canonicalHost(authority string) hostPort {
-	host, port := authority, ""
-	if i := strings.LastIndexByte(host, ':'); i >= 0 && i > strings.LastIndexByte(host, ']') {
-		host, port = host[:i], host[i+1:]
-	}
-	return hostPort{strings.ToLower(strings.TrimRight(host, ".")), port}
-}
-
-func defaultPort(scheme string) string {
-	switch scheme {
-	case "https", "wss":
-		return "443"
-	case "http", "ws":
-		return "80"
-	}
-	return ""
-}
-
 // CheckRetry is the default of RetryPolicy.CheckRetry. It retries timeouts and
 // connection errors, and the statuses 408, 429 and 500 to 599; a response's
 // x-should-retry header, true or false, overrides the status of any error
-// response. It does not retry once ctx has ended, nor certificate, scheme and
-// header errors, a server that does not speak TLS, a request body that could
-// not be read, and whatever is an ErrRejected. It never returns an error.
+// response. It does not retry once ctx has ended, nor what is the caller's own
+// fault (a request that net/http refuses, a body that cannot be read), what a
+// server or a proxy has refused for good (a certificate, a fatal TLS alert, a 4xx
+// to CONNECT), and whatever is an ErrRejected. It never returns an error.
 func CheckRetry(ctx context.Context, resp *http.Response, err error) (bool, error) {
 	if err != nil {
-		return ctx.Err() == nil && !permanent(err), nil
+		var r result
+		r.judge(nil, nil, err)
+		return ctx.Err() == nil && r.retryable(), nil
 	}
 	return resp != nil && resp.StatusCode >= 400 && retryableAnswer(resp) && ctx.Err() == nil, nil
 }
@@ -493,53 +533,6 @@ func failedStatus(code int) bool {
 	return code == http.StatusRequestTimeout || code == http.StatusTooManyRequests || code >= 500 && code <= 599
 }
 
-// permanent reports whether another attempt would fail with err as well.
-func permanent(err error) bool {
-	return errors.Is(err, ErrRejected) || errors.Is(err, errNoResponse) || errors.Is(err, http.ErrSchemeMismatch) || invalidRequest(err) || badCertificate(err) ||
-		is[*replay.ReadError](err) || noTLS(err) || cancelRequested(err)
-}
-
-// cancelRequested reports whether the caller has ended a request in a way that
-// its context does not show, by http.Transport.CancelRequest. net/http has no
-// type for this error.
-func cancelRequested(err error) bool {
-	return strings.Contains(err.Error(), "net/http: request canceled")
-}
-
-// noTLS reports whether the server does not speak TLS. A bad record later on,
-// which crypto/tls tells by its text alone, is a broken connection.
-func noTLS(err error) bool {
-	header, ok := errors.AsType[tls.RecordHeaderError](err)
-	later := strings.HasPrefix(header.Msg, "received record") || strings.HasPrefix(header.Msg, "oversized record")
-	return ok && (header.Conn != nil || !later)
-}
-
-// badCertificate reports whether one side did not accept the other's
-// certificate.
-func badCertificate(err error) bool {
-	if is[*tls.CertificateVerificationError](err) || is[x509.UnknownAuthorityError](err) ||
-		is[x509.HostnameError](err) || is[x509.CertificateInvalidError](err) || is[x509.SystemRootsError](err) {
-		return true
-	}
-	// A fatal alert of the peer; its type is crypto/tls's own.
-	alert, ok := errors.AsType[*net.OpError](err)
-	return ok && alert.Op == "remote error" && strings.Contains(alert.Error(), "certificate")
-}
-
-// invalidRequest reports whether err says that the request could not be sent
-// as it stands. net/http has no types for these errors.
-func invalidRequest(err error) bool {
-	text := err.Error()
-	for _, s := range []string{"unsupported protocol scheme", "invalid header field", "invalid trailer field",
-		"net/http: invalid method", "no Host in request URL", "nil Request.URL", "nil Request.Header",
-		"http: ContentLength=", "request body larger than specified content length"} {
-		if strings.Contains(text, s) {
-			return true
-		}
-	}
-	return false
-}
-
 func is[E error](err error) bool {
 	_, ok := errors.AsType[E](err)
 	return ok
@@ -564,163 +557,75 @@ func hasIdempotencyKey(h http.Header) bool {
 	return ok
 }
 
-// provablyIdle reports whether an attempt with this result did nothing at the
-// server: it was never sent, or was turned away.
-func provablyIdle(resp *http.Response, err error) bool {
-	if err == nil {
-		return resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode == http.StatusServiceUnavailable ||
-			resp.StatusCode == 529 // overloaded, of the Claude API and others
-	}
-	if op, ok := errors.AsType[*net.OpError](err); ok && (op.Op == "dial" || op.Op == "proxyconnect") {
+// provablyIdle reports whether the attempt did nothing at the server: it was never
+// sent, or the server says that it turned it away. A 503 alone does not say so:
+// proxies answer it when the connection breaks after the request was sent.
+func (r *result) provablyIdle() bool {
+	switch r.status() {
+	case http.StatusTooManyRequests, 529: // overloaded, of the Claude API and others
 		return true
+	case http.StatusServiceUnavailable:
+		return r.early != nil || first(r.resp.Header, "Retry-After") != "" || first(r.resp.Header, "Retry-After-Ms") != ""
 	}
-	stream, ok := errors.AsType[http2StreamError](err)
-	return ok && stream.Code == 0x7 || unprocessed(err) // REFUSED_STREAM
+	return r.fault.NeverSent
 }
 
-// unprocessed reports whether net/http would have sent the request again on
-// another HTTP/2 stream, had it been able to: its body has no GetBody. That
-// error keeps no more than the text of why.
-func unprocessed(err error) bool {
-	_, why, ok := strings.Cut(err.Error(), "http2: Transport: cannot retry err [")
-	return ok && (strings.Contains(why, "REFUSED_STREAM") || strings.Contains(why, "graceful shutdown GOAWAY"))
+// retryable reports whether CheckRetry would retry r.
+func (r *result) retryable() bool {
+	switch {
+	case r.early != nil: // it was held, and can only have failed in a way that a retry may cure
+		return true
+	case r.err != nil:
+		return retryableError(r.err, r.fault)
+	}
+	return r.resp.StatusCode >= 400 && retryableAnswer(r.resp)
 }
 
-// http2StreamError is what net/http's HTTP/2 stream errors turn into for
-// errors.As: they look for a struct with these fields.
-type http2StreamError struct {
-	StreamID uint32
-	Code     uint32
-	Cause    error
+func retryableError(err error, f fault.Fault) bool {
+	return f.Kind == fault.Service && !errors.Is(err, ErrRejected) && !errors.Is(err, errNoResponse)
 }
 
-func (http2StreamError) Error() string { return "HTTP/2 stream error" }
+// mayRetry reports whether r is a result to think about.
+func (r *RetryPolicy) mayRetry(got *result) bool {
+	if got.err != nil {
+		return got.sent()
+	}
+	return r.CheckRetry != nil || got.retryable()
+}
 
 // DefaultOutcome is the default of BreakerPolicy.Outcome. Transport errors,
-// timeouts, 408, 429 and 500 to 599 are failures. Ignored are other 4xx, which
-// a live service gives, and what says nothing about the service: a cancelled
-// context, and a request that could not be sent as it stands.
+// timeouts, 408 and 500 to 599 are failures. Ignored is what says nothing about
+// the service: 429, by which a live service asks for patience, a cancelled
+// context, a proxy's refusal, and a request that could not be sent as it stands.
+// Everything else is a success, other 4xx included: a live service gives them.
 func DefaultOutcome(resp *http.Response, err error) Outcome {
-	switch {
-	case err != nil && (errors.Is(err, context.Canceled) || errors.Is(err, ErrRejected) ||
-		is[*replay.ReadError](err) || invalidRequest(err)):
-		return Ignored
-	case err != nil || resp == nil || failedStatus(resp.StatusCode):
+	if err == nil && resp == nil {
 		return Failure
-	case resp.StatusCode >= 400:
-		return Ignored
 	}
-	return Success
+	r := result{resp: resp}
+	if err != nil {
+		r.judge(nil, nil, err)
+	}
+	return r.outcome()
 }
 
 // RetryAfter returns how long a response's headers ask a client to wait before
 // it retries, and whether they do: retry-after-ms in milliseconds, else
 // Retry-After (RFC 9110, section 10.2.3) in seconds, fractions included, or as
-// an HTTP date in any of its three forms, seen from now. The wait is never
-// negative: a date that has passed gives 0, and what no Duration holds gives
-// the longest one. Negative and unreadable values count as absent.
-func RetryAfter(h http.Header, now time.Time) (time.Duration, bool) {
-	if d, ok := parseWait(first(h, "Retry-After-Ms"), time.Millisecond); ok {
-		return d, true
+// an HTTP date, seen from the answer's own Date or, without one, from now. The
+// wait is never negative: a date that has passed gives 0, and what no Duration
+// holds gives the longest one. Unreadable values count as absent.
+func RetryAfter(h http.Header, now time.Time) (time.Duration, bool) { return pace.RetryAfter(h, now) }
+
+// next returns the wait before retry n (0, 1, …), given the wait before it.
+func (r *RetryPolicy) next(n int, last time.Duration, resp *http.Response) time.Duration {
+	if r.Backoff != nil {
+		return max(0, r.Backoff(r.MinWait, r.MaxWait, n, resp))
 	}
-	v := strings.TrimSpace(first(h, "Retry-After"))
-	if d, ok := parseWait(v, time.Second); ok {
-		return d, true
-	}
-	if v == "" {
-		return 0, false
-	}
-	at, err := http.ParseTime(v)
-	if err != nil {
-		return 0, false
-	}
-	return max(0, at.Sub(now)), true
+	return pace.Backoff{Min: r.MinWait, Max: r.MaxWait, Jitter: pace.Jitter(r.Jitter)}.Wait(n, last)
 }
 
-func parseWait(s string, unit time.Duration) (time.Duration, bool) {
-	if s == "" {
-		return 0, false
-	}
-	v, err := strconv.ParseFloat(strings.TrimSpace(s), 64)
-	if err != nil && !errors.Is(err, strconv.ErrRange) || math.IsNaN(v) || v < 0 {
-		return 0, false
-	}
-	if v = math.Round(v * float64(unit)); v < math.MaxInt64 {
-		return time.Duration(v), true
-	}
-	return math.MaxInt64, true
-}
-
-// wait returns the backoff before retry n (0, 1, …), given the wait before it.
-func (r *RetryPolicy) wait(n int, last time.Duration) time.Duration {
-	d := r.MaxWait // MinWait·2ⁿ, held to MaxWait
-	if r.MinWait <= r.MaxWait>>n {
-		d = r.MinWait << n
-	}
-	switch r.Jitter {
-	case JitterFull:
-		return max(r.MinWait, between(0, d))
-	case JitterDecorrelated:
-		return between(r.MinWait, r.held(max(last, r.MinWait), 3))
-	case JitterNone:
-		return d
-	}
-	if d == r.MaxWait {
-		return between(max(r.MinWait, d/2), d)
-	}
-	return between(d, r.held(d, 2))
-}
-
-// held returns d·times, held to MaxWait without overflowing.
-func (r *RetryPolicy) held(d, times time.Duration) time.Duration {
-	if d > r.MaxWait/times {
-		return r.MaxWait
-	}
-	return d * times
-}
-
-// between draws evenly from [low, high); it is low if there is nothing between.
-func between(low, high time.Duration) time.Duration {
-	if high <= low {
-		return low
-	}
-	return low + rand.N(high-low)
-}
-
-// A bucket is the token bucket of one service's Budget. Requests are counted
-// elsewhere already, so it earns for them only when a retry asks: a service
-// that needs no retries pays nothing for its budget.
-type bucket struct {
-	last     time.Time // when it last earned
-	requests uint64    // of the service by then
-	recent   float64   // requests of about the last ten seconds
-	tokens   float64
-}
-
-const budgetSpan = 10 // seconds whose earnings a bucket holds
-
-func newBucket(budget Budget, now time.Time) bucket {
-	return bucket{last: now, tokens: budgetSpan * budget.MinPerSecond}
-}
-
-// spend takes a token for one retry, if there is one, at a time when the
-// service has had so many requests in all.
-func (b *bucket) spend(budget Budget, now time.Time, requests uint64) bool {
-	if budget.Ratio < 0 {
-		return true
-	}
-	// A request that has been taken back may make the count go back by one.
-	elapsed, earned := now.Sub(b.last).Seconds(), max(0, float64(requests)-float64(b.requests))
-	if elapsed > budgetSpan {
-		earned *= budgetSpan / elapsed // older requests no longer count
-	}
-	b.last, b.requests = now, requests
-	b.recent = b.recent*max(0, 1-elapsed/budgetSpan) + earned
-	b.tokens += budget.Ratio*earned + budget.MinPerSecond*elapsed
-	b.tokens = min(b.tokens, budgetSpan*budget.MinPerSecond+budget.Ratio*b.recent)
-	if b.tokens < 1 {
-		return false
-	}
-	b.tokens--
-	return true
+// givesKey reports whether req is to get an Idempotency-Key.
+func (r *RetryPolicy) givesKey(req *http.Request) bool {
+	return r.IdempotencyKey && (req.Method == http.MethodPost || req.Method == http.MethodPatch) && !hasIdempotencyKey(req.Header)
 }

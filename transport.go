@@ -24,7 +24,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"net/http/httptrace"
 	"net/url"
 	"reflect"
 	"strings"
@@ -32,9 +31,13 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/hashicorp/go-retryablehttp"
-
+	"github.com/tripper-go/tripper/internal/circuit"
 	"github.com/tripper-go/tripper/internal/drain"
+	"github.com/tripper-go/tripper/internal/engine"
+	"github.com/tripper-go/tripper/internal/fault"
+	"github.com/tripper-go/tripper/internal/hosts"
+	"github.com/tripper-go/tripper/internal/redact"
+	"github.com/tripper-go/tripper/internal/registry"
 	"github.com/tripper-go/tripper/internal/replay"
 	"github.com/tripper-go/tripper/internal/sdk"
 	"github.com/tripper-go/tripper/internal/sse"
@@ -71,38 +74,50 @@ type Transport struct {
 	// The breaker of a name works by the policy of the host that had it first.
 	Service func(*http.Request) string
 
-	// Layers sit between retry and breaker and see every attempt: a bulkhead,
-	// a rate limiter, request signing. The first is outermost.
+	// Layers sit between retry and breaker and see every attempt: a rate
+	// limiter of your own, request signing. The first is outermost.
 	Layers []Layer
 
-	// Logger gets a line for each retry and each change of a breaker, and at
-	// most one a second for the requests that one rejects. Nil means silence.
+	// Logger gets a line for each change of a breaker, at most one a second for
+	// the requests that each rejects, and at most ten a second for each service
+	// about its retries. Nil means silence.
 	Logger *slog.Logger
 
-	// OnRetry is told of each retry before its wait. OnStateChange is told of
-	// each transition of a breaker, in order for each service. Both are called
-	// by the goroutine of a request, may be called concurrently, and may call
-	// any method of the Transport. Nil means nobody is told.
-	OnRetry       func(RetryEvent)
-	OnStateChange func(StateChange)
+	// Observers are told of what happens, in this order. Nil means nobody is.
+	Observers []*Observer
 
-	chain atomic.Pointer[chain] // made of the fields above at the first use
-	mu    sync.Mutex            // held while it is made
+	// ReplayMemory is how many bytes all recorded request bodies together may
+	// hold (see RetryPolicy.BodyLimit). A body for which there is no room has
+	// one attempt. Zero means 256 MiB.
+	ReplayMemory int64
+
+	used atomic.Pointer[state] // made of the fields above at the first use
+	mu   sync.Mutex            // held while it is made
 }
 
 // A Layer wraps the RoundTripper that it is given into one that does more. To
 // refuse a request for good it returns an error that matches ErrRejected.
 type Layer func(next http.RoundTripper) http.RoundTripper
 
-// A RetryError is the error of a request that made more than one attempt.
+// A RetryError is the final error of a request that made more than one attempt,
+// or whose retries something local ended.
 type RetryError struct {
 	Attempts int   // made
 	Err      error // of the last one
+
+	// Stopped is what ended the retries before MaxAttempts, such as the
+	// *OpenError of a breaker that has opened meanwhile. Nil if nothing did. It
+	// is not part of the chain of wrapped errors: the request was sent.
+	Stopped error
 }
 
 // Error says how many attempts were made, and what the last one came to.
 func (e *RetryError) Error() string {
-	return fmt.Sprintf("tripper: giving up after %d attempts: %s", e.Attempts, strings.TrimPrefix(e.Err.Error(), "tripper: "))
+	attempts := "attempts"
+	if e.Attempts == 1 {
+		attempts = "attempt"
+	}
+	return fmt.Sprintf("tripper: giving up after %d %s: %s", e.Attempts, attempts, strings.TrimPrefix(e.Err.Error(), "tripper: "))
 }
 
 // Unwrap returns the error of the last attempt.
@@ -110,7 +125,7 @@ func (e *RetryError) Unwrap() error { return e.Err }
 
 // Timeout reports whether the last attempt's error is a timeout. (url.Error
 // asks the error that it wraps, and looks no deeper.)
-func (e *RetryError) Timeout() bool { return isTimeout(e.Err) }
+func (e *RetryError) Timeout() bool { return fault.IsTimeout(e.Err) }
 
 // Temporary reports whether the last attempt's error calls itself temporary.
 func (e *RetryError) Temporary() bool {
@@ -121,221 +136,298 @@ func (e *RetryError) Temporary() bool {
 	return ok && cause.Temporary()
 }
 
-func isTimeout(err error) bool {
-	cause, ok := errors.AsType[interface {
-		error
-		Timeout() bool
-	}](err)
-	return ok && cause.Timeout()
+// contextKey finds what this package keeps in a request's context.
+type contextKey struct{}
+
+// contextValue says of a context either how its requests are to be retried, or
+// which attempt of a request it belongs to.
+type contextValue struct {
+	change  func(*RetryPolicy)
+	attempt int // zero: it belongs to none
 }
 
-type retryKey struct{}
-
-// ownRetry is a request's own RetryPolicy, resolved.
-type ownRetry struct {
-	RetryPolicy
-	err error
+func valueOf(ctx context.Context) *contextValue {
+	v, _ := ctx.Value(contextKey{}).(*contextValue)
+	return v
 }
 
-// WithRetry returns a context whose requests are retried as r says instead of
-// their host's policy. Of r.Budget only a Ratio below zero counts, which frees
-// the request from its service's budget. A request whose r is not valid fails
-// with the error that Validate would give.
-func WithRetry(ctx context.Context, r RetryPolicy) context.Context {
-	own := &ownRetry{r.withDefaults(), errors.Join(r.validate("WithRetry")...)}
-	return context.WithValue(ctx, retryKey{}, own)
+// WithRetry returns a context whose requests are retried by their own policy:
+// change gets a copy of their host's RetryPolicy, with every default resolved,
+// and changes what it wants. Of the Budget only a Ratio below zero counts, which
+// frees the request from its service's budget. A request whose policy is not
+// valid then fails with the error that Validate would give. A nil change changes
+// nothing. It must be safe for concurrent use if the context is used so.
+func WithRetry(ctx context.Context, change func(*RetryPolicy)) context.Context {
+	return context.WithValue(ctx, contextKey{}, &contextValue{change: change})
 }
-
-type attemptKey struct{}
 
 // Attempt returns which attempt of its request a Layer or Base is in, given
 // the context of the request that it has: 1 for the first.
 func Attempt(ctx context.Context) int {
-	if n, ok := ctx.Value(attemptKey{}).(int); ok {
-		return n
+	if v := valueOf(ctx); v != nil && v.attempt > 0 {
+		return v.attempt
 	}
 	return 1
 }
 
-// A chain is what a Transport's fields amount to.
-type chain struct {
-	registry
+// A state is what a Transport has become at its first use. The services live as
+// long as the Transport; the configuration stands apart and could be exchanged.
+type state struct {
 	transport *Transport
-	err       error // what is wrong with them
+	err       error // what is wrong with the fields
 	base      http.RoundTripper
-	layers    http.RoundTripper // nil without Layers
-	policy    *policy
-	hosts     map[hostPort]*policy
-	direct    bool // the host alone leads to the service
+	memory    replay.Memory
+	tell      tellers
+	services  registry.Registry[service, *service]
+	forgotten forgotten
+	config    atomic.Pointer[config]
+
+	compose   func()            // makes layers at its first call, and panics at each if a Layer has
+	layers    http.RoundTripper // after compose; nil without Layers
+	layersErr error
+}
+
+// A config is what the configuration amounts to.
+type config struct {
+	policy *policy
+	hosts  hosts.Table[*policy]
+	direct bool // the host alone leads to the service
+
+	// shortcuts lead a host, as a request has it, to its service.
+	shortcuts registry.Table[route]
+	mu        sync.Mutex  // guards others, and writes of shortcuts
+	others    int         // shortcuts to services that hosts share
+	full      atomic.Bool // there is no room for more of those
+}
+
+// A route leads a request to its service, under the policy of its host.
+type route struct {
+	service *service
+	policy  *policy
 }
 
 // A policy is a Policy with its defaults resolved.
 type policy struct {
 	Policy
 	base    http.RoundTripper
-	service *service // the one that it names; nil: each host its own
-	plain   bool     // without anything that the common case has not
+	circuit circuit.Config
+	service string // the service that it names; "": each host its own
+	plain   bool   // an attempt's answer below 400 is a success, and nobody asks how long it took
 }
 
-func (t *Transport) load() *chain {
-	if c := t.chain.Load(); c != nil {
-		return c
+func (t *Transport) load() *state {
+	if s := t.used.Load(); s != nil {
+		return s
 	}
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.chain.Load() == nil {
-		t.chain.Store(newChain(t))
+	s := t.used.Load()
+	if s == nil {
+		s = newState(t)
+		t.used.Store(s)
 	}
-	return t.chain.Load()
+	t.mu.Unlock()
+	s.tellNew()
+	return s
 }
 
-func newChain(t *Transport) *chain {
-	c := &chain{transport: t, err: t.Validate(), base: t.Base, direct: t.Service == nil}
-	if c.err != nil {
-		return c
+func newState(t *Transport) *state {
+	s := &state{transport: t, err: t.Validate(), base: t.Base}
+	s.compose = sync.OnceFunc(s.composeLayers)
+	if s.base == nil {
+		s.base = http.DefaultTransport
 	}
-	if c.base == nil {
-		c.base = http.DefaultTransport
+	if s.err != nil {
+		return s
 	}
-	c.hosts = make(map[hostPort]*policy, len(t.Hosts))
-	c.policy = c.newPolicy(t.Policy)
+	s.tell.add(t.Observers)
+	s.memory.Limit = t.ReplayMemory
+	if s.memory.Limit == 0 {
+		s.memory.Limit = 256 << 20
+	}
+	c := &config{direct: t.Service == nil}
+	c.policy = s.newPolicy(t.Policy)
+	s.pin(t.Policy.Service, c.policy)
 	for pattern, p := range t.Hosts {
-		key, _ := parsePattern(pattern) // valid, says Validate
-		c.hosts[key] = c.newPolicy(p)
-		if key.schemes() {
+		parsed, _ := hosts.ParsePattern(pattern) // valid, says Validate
+		resolved := s.newPolicy(p)
+		c.hosts.Add(parsed, resolved)
+		if parsed.DependsOnScheme() {
 			c.direct = false
-		} else if name := key.mayName(p); name != "" {
-			c.add(name, c.hosts[key], true)
+			if p.Service == "" {
+				continue
+			}
 		}
+		s.pin(parsed.Service(p.Service), resolved)
 	}
-	for i := len(t.Layers) - 1; i >= 0; i-- {
-		if c.layers == nil {
-			c.layers = (*breaking)(c)
-		}
-		if c.layers = t.Layers[i](c.layers); c.layers == nil {
-			c.err = fmt.Errorf("tripper: Layers[%d] returned nil: want a RoundTripper", i)
-			break
-		}
-	}
-	return c
+	s.config.Store(c)
+	return s
 }
 
-func (c *chain) newPolicy(p Policy) *policy {
-	resolved := &policy{Policy: p.withDefaults(), base: c.base}
-	r := p.Retry
-	resolved.plain = len(c.transport.Layers) == 0 && r.CheckRetry == nil && r.Replay == ReplayAny && r.MaxElapsed == 0 &&
-		!r.IdempotencyKey && p.Breaker.Outcome == nil && p.Breaker.SlowCall == 0
-	if p.Timeout > 0 || p.Idle > 0 {
-		resolved.base = &timeout.Transport{Base: c.base, Headers: p.Timeout, Idle: p.Idle}
+// pin makes a service that the configuration names.
+func (st *state) pin(name string, p *policy) {
+	if name != "" {
+		st.services.Add(name, true, func(name string) *service { return newService(name, p, time.Now()) })
 	}
-	if p.HoldStream {
-		resolved.base = &sse.Transport{Base: resolved.base}
-	}
-	if p.Service != "" {
-		resolved.service = c.add(p.Service, resolved, true)
+}
+
+func (st *state) newPolicy(p Policy) *policy {
+	d := p.withDefaults()
+	b := d.Breaker
+	resolved := &policy{Policy: d, base: st.base, service: p.Service, circuit: circuit.Config{
+		FailureThreshold: b.FailureThreshold, RecoveryTimeout: b.RecoveryTimeout, MaxRecoveryTimeout: b.MaxRecoveryTimeout,
+		SuccessThreshold: b.SuccessThreshold, FailureRate: b.FailureRate, Window: b.Window, MinRequests: b.MinRequests, Observe: b.Observe,
+	}}
+	resolved.plain = b.Outcome == nil && b.SlowCall == 0 && len(st.tell.attempt) == 0
+	switch {
+	case p.Timeout > 0 || p.Idle > 0:
+		limited := &timeout.Transport{Base: st.base, Headers: p.Timeout, Idle: p.Idle}
+		if p.HoldStream {
+			limited.Hold = sse.Hold
+		}
+		resolved.base = limited
+	case p.HoldStream:
+		resolved.base = &sse.Transport{Base: st.base}
 	}
 	return resolved
 }
 
-// route finds the service and the policy of a request.
-func (c *chain) route(req *http.Request) (*service, *policy) {
+// composeLayers makes the chain of the Layers. It runs outside of all locks: the
+// function of a Layer may call any method of the Transport but RoundTrip.
+func (st *state) composeLayers() {
+	layers := st.transport.Layers
+	for i := len(layers) - 1; i >= 0; i-- {
+		if st.layers == nil {
+			st.layers = (*bottom)(st)
+		}
+		if st.layers = layers[i](st.layers); st.layers == nil {
+			st.layersErr = fmt.Errorf("tripper: Layers[%d] returned nil: want a RoundTripper", i)
+			return
+		}
+	}
+}
+
+// route finds the service and the policy of a request. The service is nil if the
+// request is not to any service.
+func (st *state) route(req *http.Request) (*service, *policy) {
+	c := st.config.Load()
 	if c.direct {
-		if r := c.byHost.get(withoutDefaultPort(req.URL.Scheme, req.URL.Host)); r != nil {
+		if r := c.shortcuts.Get(hosts.WithoutDefaultPort(req.URL.Scheme, req.URL.Host)); r != nil {
 			return r.service, r.policy
 		}
 	}
-	return c.findRoute(req)
+	return st.find(c, req)
 }
 
-func withoutDefaultPort(scheme, host string) string {
-	n := len(host)
-	switch {
-	case n >= 4 && host[n-4] == ':' && host[n-3:] == "443" && scheme == "https":
-		return host[:n-4]
-	case n >= 3 && host[n-3] == ':' && host[n-2:] == "80" && scheme == "http":
-		return host[:n-3]
+// find does what a shortcut spares.
+func (st *state) find(c *config, req *http.Request) (*service, *policy) {
+	returned := false
+	defer func() {
+		if !returned { // Transport.Service or a hook has panicked or called Goexit
+			closeBody(req)
+		}
+	}()
+	name, p := st.nameOf(c, req)
+	returned = name == ""
+	if name == "" {
+		return nil, p
 	}
-	return host
-}
-
-// findRoute does what the shortcut of route spares.
-func (c *chain) findRoute(req *http.Request) (*service, *policy) {
-	scheme, hp := req.URL.Scheme, canonicalHost(req.URL.Host)
-	p := c.policyFor(scheme, hp)
-	if name := c.nameOf(req); name != "" {
-		return c.serviceNamed(name, p), p
-	}
-	name := hp.host
-	if hp.port != "" && hp.port != defaultPort(scheme) {
-		name += ":" + hp.port
-	}
-	s := p.service
-	if s == nil {
-		s = c.serviceNamed(name, p)
-	}
+	s := st.service(name, p)
+	returned = true
 	if c.direct {
-		c.shortcut(name, p, s)
+		st.shortcut(c, hosts.WithoutDefaultPort(req.URL.Scheme, req.URL.Host), s, p)
 	}
 	return s, p
 }
 
-// nameOf asks Transport.Service.
-func (c *chain) nameOf(req *http.Request) string {
-	if c.transport.Service == nil {
-		return ""
+// nameOf returns the name of the service that req goes to, and the policy of its
+// host.
+func (st *state) nameOf(c *config, req *http.Request) (string, *policy) {
+	p := c.policy
+	if found, ok := c.hosts.Find(req.URL.Scheme, hosts.Split(req.URL.Host)); ok {
+		p = found
 	}
-	returned := false
-	defer func() {
-		if !returned { // it has panicked or called Goexit
-			closeBody(req)
+	if choose := st.transport.Service; choose != nil {
+		if name := choose(req); name != "" {
+			return name, p
 		}
-	}()
-	name := c.transport.Service(req)
-	returned = true
-	return name
+	}
+	if p.service != "" {
+		return p.service, p
+	}
+	return hosts.ServiceName(req.URL.Scheme, req.URL.Host), p
 }
 
-func (c *chain) serviceNamed(name string, p *policy) *service {
-	if r := c.byName.get(name); r != nil {
-		return r.service
+// service returns the service of that name, which begins if there is none.
+func (st *state) service(name string, p *policy) *service {
+	if s := st.services.Get(name); s != nil {
+		return s
 	}
-	return c.add(name, p, false)
+	s, isNew, gone := st.services.Add(name, false, func(name string) *service { return newService(name, p, time.Now()) })
+	for _, g := range gone {
+		st.letGo(g)
+	}
+	if isNew {
+		st.tellService(s)
+	}
+	return s
 }
 
-// policyFor looks for host and port first, then the host, then the longest
-// wildcard.
-func (c *chain) policyFor(scheme string, hp hostPort) *policy {
-	if len(c.hosts) == 0 {
-		return c.policy
+// shortcut makes host lead straight to s under the policy p. There is room for
+// every service that is its host's own, and for registry.Max other hosts.
+func (st *state) shortcut(c *config, host string, s *service, p *policy) {
+	own := s.name == host
+	if !own && c.full.Load() {
+		return
 	}
-	if hp.port == "" {
-		hp.port = defaultPort(scheme)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.shortcuts.Get(host) != nil || !st.services.Has(s) { // forgotten meanwhile
+		return
 	}
+	if own {
+		host = s.name
+	} else {
+		host = strings.Clone(host) // it may be a part of a long URL
+		c.others++
+		c.full.Store(c.others >= registry.Max)
+	}
+	c.shortcuts.Put(host, &route{s, p})
+}
+
+// letGo ends what led to a service that has just been forgotten.
+func (st *state) letGo(s *service) {
+	c := st.config.Load()
+	c.mu.Lock()
+	if r := c.shortcuts.Get(s.name); r != nil && r.service == s {
+		c.shortcuts.Remove(s.name, r)
+	}
+	c.mu.Unlock()
+	st.deliver(s)
+	st.forgotten.add(s.stats(time.Now()))
+}
+
+// enter finds the service of a request and begins to use it, so that it is not
+// forgotten. Its life has to be ended afterwards.
+func (st *state) enter(req *http.Request) (*service, *policy) {
 	for {
-		if p := c.hosts[hp]; p != nil {
-			return p
+		s, p := st.route(req)
+		if s == nil || s.life.Begin() {
+			if s != nil {
+				st.services.Touch(&s.life)
+			}
+			return s, p
 		}
-		if p := c.hosts[hostPort{host: hp.host}]; p != nil {
-			return p
-		}
-		label := strings.IndexByte(hp.host[min(1, len(hp.host)):], '.')
-		if label < 0 {
-			return c.policy
-		}
-		hp.host = hp.host[label+1:]
+		st.unlink(s) // it has just been forgotten
 	}
 }
 
-// enter counts a request to its service, which is not forgotten from then on.
-func (c *chain) enter(req *http.Request) (*service, *policy, *cell) {
-	for {
-		s, p := c.route(req)
-		k := s.hot.request()
-		if s.gate.Load()&gateForgotten == 0 {
-			c.touch(s)
-			return s, p, k
-		}
-		k.requests.Add(^uint64(0)) // the service has just been forgotten
+// unlink removes a shortcut that was made while its service was being forgotten.
+func (st *state) unlink(s *service) {
+	c := st.config.Load()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if r := c.shortcuts.Get(s.name); r != nil && r.service == s {
+		c.shortcuts.Remove(s.name, r)
 	}
 }
 
@@ -343,174 +435,54 @@ func (c *chain) enter(req *http.Request) (*service, *policy, *cell) {
 // last attempt, or its error; after more than one attempt that is a
 // *RetryError. An open breaker gives an *OpenError.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
-	c := t.chain.Load()
-	if c == nil {
-		c = t.load()
+	st := t.used.Load()
+	if st == nil {
+		st = t.load()
 	}
-	if c.err != nil {
+	if err := st.refuse(req); err != nil {
 		closeBody(req)
-		return nil, c.err
+		return nil, err
 	}
-	if req.URL == nil || req.URL.Host == "" {
-		return c.base.RoundTrip(req) // not a request to any service
+	if req.URL == nil {
+		return st.base.RoundTrip(req) // which says so
 	}
-	ctx := req.Context()
-	own, _ := ctx.Value(retryKey{}).(*ownRetry)
-	if own != nil && own.err != nil {
-		closeBody(req)
-		return nil, own.err
+	s, p := st.enter(req)
+	if s == nil {
+		return st.base.RoundTrip(req) // not a request to any service
 	}
-	s, p, counts := c.enter(req)
-	if own == nil && p.plain && (req.GetBody != nil || !hasBody(req)) && ctx.Err() == nil {
-		return c.goStraight(s, p, counts, req)
+	s.counts.requests.Add(1)
+	k := call{state: st, service: s, policy: p, retry: &p.Retry, req: req}
+	if p.TotalTimeout > 0 {
+		return k.within(p.TotalTimeout)
 	}
-	retry := &p.Retry
-	if own != nil {
-		retry = &own.RetryPolicy
-	}
-	counts.unsent.Add(1) // attempt counts it, if it is made
-	return c.goOn(newCall(c, s, p, retry, req), counts, nil, nil)
+	return k.run()
 }
 
-// goStraight is the common case in one piece: the first attempt of a request
-// that needs nothing else comes back well. It allocates nothing but the wrapper
-// of a response body.
-func (c *chain) goStraight(s *service, p *policy, counts *cell, req *http.Request) (*http.Response, error) {
-	pass, open := s.admit()
-	if open != nil {
-		counts.unsent.Add(1)
-		s.rest().rejected.Add(1)
-		closeBody(req)
-		c.logRejection(s, open)
-		return finalError(req, open)
+// refuse returns why req, like every request, cannot be sent, or nil.
+func (st *state) refuse(req *http.Request) error {
+	if st.err != nil || len(st.transport.Layers) == 0 {
+		return st.err
 	}
-	const (
-		sending = iota
-		answered
-		counted
-		done
-	)
-	stage, resp := sending, (*http.Response)(nil)
-	defer func() {
-		if stage == done {
-			return
-		}
-		// Base or a hook has panicked or called Goexit.
-		if stage == sending {
-			s.settle(c, pass, verdict{})
-			closeBody(req)
-		}
-		if stage != counted {
-			s.rest().failed.Add(1)
-		}
-		closeResponse(resp)
-	}()
-	if pass.probe {
-		c.deliver(s.rest().breaker)
-	}
-	resp, err := p.base.RoundTrip(req)
-	stage = answered
-	if err == nil && resp != nil && resp.StatusCode < 400 {
-		if !streams(resp) && s.healthy(pass) {
-			counts.well.Add(1)
-		} else {
-			counts.ok.Add(1)
-			stage = counted
-			s.succeed(c, pass, req, resp)
-		}
-		stage = done
-		return resp, nil
-	}
-	resp, err = oneResult(resp, err)
-	s.conclude(c, p, pass, p.outcome(req, resp, err), false, req, resp, err)
-	stage = done
-	if !p.Retry.mayRetry(resp, err) {
-		s.count(counts, 1, req, resp, err)
-		return resp, err
-	}
-	k := newCall(c, s, p, &p.Retry, req)
-	k.attempts = 1
-	return c.goOn(k, counts, resp, err)
-}
-
-// goOn makes the attempts of k from where it stands: none or one so far.
-func (c *chain) goOn(k *call, counts *cell, resp *http.Response, err error) (*http.Response, error) {
 	returned := false
 	defer func() {
-		if !returned { // Base, a Layer or a hook has panicked or called Goexit
-			k.service.rest().failed.Add(1)
-			k.abort()
+		if !returned { // the function of a Layer has panicked or called Goexit
+			closeBody(req)
 		}
 	}()
-	if k.attempts == 0 {
-		resp, err = k.first()
-	}
-	if k.attempts > 0 && k.retry.mayRetry(resp, err) {
-		resp, err = k.again(resp, err)
-	}
-	if k.body != nil {
-		k.body.Finish()
-	}
+	st.compose()
 	returned = true
-	k.service.count(counts, k.attempts, k.req, resp, err)
-	if early, ok := errors.AsType[*sse.Failure](err); ok {
-		resp, err = early.Response, nil
-	}
-	if err != nil && (k.final || errors.Is(err, ErrRejected)) {
-		resp, err = finalError(k.req, err)
-	}
-	if resp != nil && resp.Request != k.req {
-		resp.Request = k.req
-	}
-	return resp, err
+	return st.layersErr
 }
 
-// attempt passes req through the Layers and the breaker.
-func (c *chain) attempt(s *service, p *policy, req *http.Request) (*http.Response, error) {
-	if c.layers != nil {
-		return oneResult(c.layers.RoundTrip(req))
+// ServiceOf returns the name of the service that req would go to now, "" if
+// none. It begins no service and allocates nothing if the host is in lower case.
+func (t *Transport) ServiceOf(req *http.Request) string {
+	st := t.load()
+	if st.err != nil || req == nil || req.URL == nil {
+		return ""
 	}
-	k := s.hot.cell()
-	k.others.Add(1)
-	return s.roundTrip(c, p, k, req)
-}
-
-// breaking is the RoundTripper below the Layers. A Layer may have changed the
-// host, so it looks for the service anew, as enter does.
-type breaking chain
-
-func (b *breaking) RoundTrip(req *http.Request) (*http.Response, error) {
-	c := (*chain)(b)
-	if req.URL == nil || req.URL.Host == "" {
-		return c.base.RoundTrip(req)
-	}
-	for {
-		s, p := c.route(req)
-		k := s.hot.cell()
-		k.others.Add(1)
-		if s.gate.Load()&gateForgotten == 0 {
-			c.touch(s)
-			return s.roundTrip(c, p, k, req)
-		}
-		k.others.Add(^uint64(0))
-	}
-}
-
-// count counts how a request ended.
-func (s *service) count(counts *cell, attempts int, req *http.Request, resp *http.Response, err error) {
-	switch {
-	case err == nil && !failedStatus(resp.StatusCode):
-		counts.ok.Add(1)
-		if attempts > 1 {
-			s.rest().recovered.Add(1)
-		}
-	case errors.Is(err, ErrRejected):
-		s.rest().rejected.Add(1)
-	case err != nil && cancelled(req, err):
-		s.rest().cancelled.Add(1)
-	default:
-		s.rest().failed.Add(1)
-	}
+	name, _ := st.nameOf(st.config.Load(), req)
+	return name
 }
 
 // CloseIdleConnections closes those of Base, if it knows how to.
@@ -524,225 +496,382 @@ func (t *Transport) CloseIdleConnections() {
 	}
 }
 
-// ended returns how the caller has ended req, or nil. An http.Client with a
-// Timeout ends it through both the context and the older channel.
-func ended(req *http.Request) error {
-	if err := req.Context().Err(); err != nil {
-		return err
+// A result is what an attempt, or all of them, came to. It is made once, by
+// judge, and carried as a value.
+type result struct {
+	resp  *http.Response
+	err   error
+	early *sse.Failure // err, if an event stream died before its first event
+	fault fault.Fault  // of err
+}
+
+// judge makes r what a RoundTripper's answer to req means.
+func (r *result) judge(req *http.Request, resp *http.Response, err error) {
+	switch {
+	case err == nil && resp == nil:
+		err = errNoResponse
+	case err == nil:
+		*r = result{resp: resp}
+		return
+	case resp != nil: // which must not be
+		closeResponse(resp)
 	}
-	select {
-	case <-req.Cancel: //lint:ignore SA1019 callers still use it
-		if deadline, ok := req.Context().Deadline(); ok && time.Until(deadline) <= 0 {
-			return context.DeadlineExceeded
+	if req != nil && errors.Is(err, context.Canceled) {
+		// Not every Base returns the cause. It was not the caller who cancelled.
+		if total, ok := errors.AsType[*timeout.Exceeded](context.Cause(req.Context())); ok {
+			err = total
 		}
-		return context.Canceled
-	default:
-		return nil
 	}
-}
-
-// cancelled reports whether err comes of the caller's cancelling req, by
-// whatever means.
-func cancelled(req *http.Request, err error) bool {
-	why := ended(req)
-	return why == context.Canceled || why == nil && cancelRequested(err)
-}
-
-func closeBody(req *http.Request) {
-	if req.Body != nil {
-		req.Body.Close()
+	*r = result{err: err}
+	if early, ok := errors.AsType[*sse.Failure](err); ok {
+		r.early = early
+		return
 	}
+	r.fault = fault.Of(req, err)
 }
 
-func closeResponse(resp *http.Response) {
-	if resp != nil && resp.Body != nil {
-		resp.Body.Close()
+// answer returns the response that r is or brings, or nil.
+func (r *result) answer() *http.Response {
+	if r.early != nil {
+		return r.early.Response
 	}
+	return r.resp
 }
 
-func hasBody(req *http.Request) bool { return req.Body != nil && reflect.TypeOf(req.Body) != noBody }
-
-func (r *RetryPolicy) givesKey(req *http.Request) bool {
-	return r.IdempotencyKey && (req.Method == http.MethodPost || req.Method == http.MethodPatch) && !hasIdempotencyKey(req.Header)
-}
-
-// mayRetry reports whether the result of an attempt is one to think about.
-func (r *RetryPolicy) mayRetry(resp *http.Response, err error) bool {
-	if err != nil {
-		return !errors.Is(err, ErrRejected)
+// status returns the status that r amounts to: a stream that begins with an
+// error event means what its status would. It is 0 for an error.
+func (r *result) status() int {
+	if r.early != nil {
+		if event, ok := errors.AsType[*sse.EventError](r.early.Err); ok {
+			return event.Status
+		}
+		return 0
 	}
-	return r.CheckRetry != nil || resp.StatusCode >= 400 && retryableAnswer(resp)
+	if r.resp != nil {
+		return r.resp.StatusCode
+	}
+	return 0
 }
+
+// sent reports whether the attempt has passed the breaker.
+func (r *result) sent() bool { return r.err == nil || !errors.Is(r.err, ErrRejected) }
 
 // A call is a request on its way through its attempts. It belongs to the
-// goroutine of the request.
+// goroutine of the request, on whose stack it stays until a retry is made.
 type call struct {
-	chain   *chain
+	state   *state
 	service *service
 	policy  *policy
 	retry   *RetryPolicy
 	req     *http.Request // the caller's
 	model   *http.Request // what every attempt sends: req, or a copy with more headers
-	start   time.Time     // set with MaxElapsed only
+	start   time.Time     // set with MaxElapsed or TotalTimeout
 
-	attempts int
-	sent     *http.Request // by the attempt under way, or about to be
-	conn     *connTrace    // of the latest attempt; nil if nobody asks
+	attempts int           // made
 	body     *replay.Body  // a recorded body; nil: GetBody gives each attempt its own
-	resp     *http.Response
-	err      error
+	sending  *http.Request // whose body may still have to be closed
+	final    bool          // the result asks for a retry, but gets none
 
-	final   bool          // the latest result asks for a retry, but gets none
+	result                // of the attempt before; it stays in hand until the next one has been sent
 	wait    time.Duration // before the next attempt
 	next    io.ReadCloser // its body, if there is one
-	engine  retryablehttp.Client
-	client  http.Client
-	resumed bool  // the engine has been handed the first result, and told to retry
-	dropped error // the error of Prepare
+	stopped error         // what ended the retries
+	dropped error         // the error of Prepare
 }
 
-func newCall(c *chain, s *service, p *policy, retry *RetryPolicy, req *http.Request) *call {
-	return &call{chain: c, service: s, policy: p, retry: retry, req: req, model: req}
-}
-
-// first makes the first attempt.
-func (k *call) first() (*http.Response, error) {
-	ctx := k.req.Context()
-	if ctx.Err() != nil {
-		closeBody(k.req)
-		return nil, context.Cause(ctx) // as net/http has it
+// within runs the call with a limit until the headers of its final response.
+func (k *call) within(limit time.Duration) (*http.Response, error) {
+	heap := *k
+	heap.start = time.Now()
+	limited := timeout.Transport{Headers: limit, Total: true, What: "no response", Base: roundTripFunc(func(req *http.Request) (*http.Response, error) {
+		heap.req = req
+		return heap.run()
+	})}
+	resp, err := limited.RoundTrip(k.req)
+	if late, ok := err.(*timeout.Exceeded); ok { // it has taken the place of what run returned
+		heap.req, heap.final = k.req, true
+		r := heap.finish(result{err: late})
+		return r.resp, r.err
 	}
-	k.attempts = 1
-	if k.retry.MaxElapsed > 0 {
-		k.start = time.Now()
-	}
-	if k.retry.givesKey(k.req) {
-		k.model = k.req.WithContext(ctx)
-		k.model.Header = k.req.Header.Clone()
-		if k.model.Header == nil {
-			k.model.Header = make(http.Header)
-		}
-		k.model.Header.Set("Idempotency-Key", rand.Text())
-	}
-	k.sent = k.model
-	traced := k.trace(ctx)
-	body, attempt := k.record()
-	if body != nil || traced != ctx {
-		k.sent = k.model.WithContext(traced)
-	}
-	if body != nil {
-		k.body, k.sent.Body = body, attempt
-	}
-	return k.send()
-}
-
-func (k *call) send() (*http.Response, error) {
-	resp, err := k.chain.attempt(k.service, k.policy, k.sent)
-	k.sent = nil // its body is closed
 	return resp, err
 }
 
-func (k *call) record() (*replay.Body, io.ReadCloser) {
-	if k.retry.MaxAttempts <= 1 || !hasBody(k.req) || k.req.GetBody != nil {
-		return nil, nil
+type roundTripFunc func(*http.Request) (*http.Response, error)
+
+func (f roundTripFunc) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
+
+// run makes the attempts. The first leaves its result in the call, and so do the
+// others: a result is too large to be handed from function to function on the
+// success path.
+func (k *call) run() (*http.Response, error) {
+	returned := false
+	defer func() {
+		if !returned { // Base, a Layer or a hook has panicked or called Goexit
+			k.service.rest().failed.Add(1)
+			k.abort()
+		}
+		k.service.life.End()
+	}()
+	k.first()
+	if k.err == nil && k.resp.StatusCode < 400 && k.retry.CheckRetry == nil {
+		k.service.counts.ok.Add(1)
+	} else {
+		k.conclude()
 	}
-	return replay.New(k.req.Body, k.req.ContentLength, k.retry.BodyLimit)
+	if k.body != nil {
+		k.body.Finish()
+	}
+	if k.resp != nil && k.resp.Request != k.req {
+		k.resp.Request = k.req
+	}
+	returned = true
+	return k.resp, k.err
+}
+
+// conclude retries the result if need be, and makes it what the caller gets.
+func (k *call) conclude() {
+	if k.attempts > 0 && k.retry.mayRetry(&k.result) {
+		heap := *k                    // it escapes into the engine
+		*k = call{service: k.service} // what there is to close is heap's
+		heap.again()
+		*k = heap
+	}
+	k.count()
+	k.result = k.finish(k.result)
+}
+
+// count counts how the request ended.
+func (k *call) count() {
+	s, r := k.service, &k.result
+	switch {
+	case r.err == nil && !failedStatus(r.resp.StatusCode):
+		s.counts.ok.Add(1)
+		if k.attempts > 1 {
+			s.rest().recovered.Add(1)
+		}
+	case !r.sent():
+		s.rest().rejected.Add(1)
+	case r.err != nil && r.early == nil && cancelled(k.req, r):
+		s.rest().cancelled.Add(1)
+	default:
+		s.rest().failed.Add(1)
+	}
+}
+
+// finish returns r as the caller gets it: a response, or an error. An SDK that
+// retries by itself gets a response also where there is none.
+func (k *call) finish(r result) result {
+	if r.early != nil {
+		return result{resp: r.early.Response}
+	}
+	if r.err == nil {
+		return r
+	}
+	final := k.final || !r.sent()
+	if own := replay.Cause(r.err); own != nil {
+		r.err = own // as net/http gives it
+	}
+	if r.sent() && (k.attempts > 1 || k.stopped != nil) {
+		r.err = &RetryError{Attempts: k.attempts, Err: redact.Error(k.req.URL, r.err), Stopped: k.stopped}
+	}
+	if final && k.forSDK() {
+		return result{resp: k.sdkAnswer(r.err)}
+	}
+	return r
+}
+
+// forSDK reports whether the caller is an SDK that retries by itself.
+func (k *call) forSDK() bool { return k.policy.SDK == SDKAuto && sdk.Retries(k.req) }
+
+// sdkAnswer returns err as a response. Such an SDK retries every error, which
+// would only multiply the attempts, but it obeys a response.
+func (k *call) sdkAnswer(err error) *http.Response {
+	var wait time.Duration
+	if open, ok := errors.AsType[*OpenError](err); ok {
+		wait = max(time.Second, time.Until(open.Until))
+	}
+	status := http.StatusServiceUnavailable
+	if fault.IsTimeout(err) {
+		status = http.StatusGatewayTimeout
+	}
+	return sdk.Answer(k.req, status, wait, redact.Error(k.req.URL, err).Error())
+}
+
+// first makes the first attempt.
+func (k *call) first() {
+	ctx := k.req.Context()
+	v := valueOf(ctx)
+	if v != nil && v.change != nil {
+		if err := k.ownPolicy(v.change); err != nil {
+			closeBody(k.req)
+			k.result = result{err: err, fault: fault.Fault{Kind: fault.Caller}}
+			return
+		}
+	}
+	if ctx.Err() != nil {
+		closeBody(k.req)
+		k.judge(k.req, nil, context.Cause(ctx)) // as net/http has it
+		return
+	}
+	if k.retry.MaxElapsed > 0 && k.start.IsZero() {
+		k.start = time.Now()
+	}
+	k.model = k.req
+	if k.retry.givesKey(k.req) {
+		k.model = withKey(k.req)
+	}
+	k.sending = k.model
+	watched := fault.WatchHook(ctx)
+	if v != nil { // it is this request's, and not for those that a Layer makes with its context
+		watched = context.WithValue(watched, contextKey{}, &contextValue{attempt: 1})
+	}
+	if watched != ctx {
+		k.sending = k.model.WithContext(watched)
+	}
+	k.takeFirstBody()
+	k.send()
+}
+
+// ownPolicy takes the request's own policy for the one of its host.
+func (k *call) ownPolicy(change func(*RetryPolicy)) error {
+	own := k.policy.Retry
+	change(&own)
+	own = own.withDefaults()
+	k.retry = &own
+	return errors.Join(own.validate("WithRetry")...)
+}
+
+func withKey(req *http.Request) *http.Request {
+	keyed := req.WithContext(req.Context())
+	if keyed.Header = req.Header.Clone(); keyed.Header == nil {
+		keyed.Header = make(http.Header)
+	}
+	keyed.Header.Set("Idempotency-Key", rand.Text())
+	return keyed
+}
+
+// takeFirstBody records the body of the first attempt if it may be needed again
+// and GetBody will not give it. A body that might fail by itself is watched.
+func (k *call) takeFirstBody() {
+	if !hasBody(k.req) || k.req.GetBody != nil && replay.InMemory(k.req.Body) {
+		return
+	}
+	if k.sending == k.req {
+		k.sending = k.req.WithContext(k.req.Context())
+	}
+	limit := k.retry.BodyLimit
+	if k.req.GetBody != nil || k.retry.MaxAttempts <= 1 {
+		k.sending.Body = replay.Watch(k.req.Body)
+		return
+	}
+	body, attempt := replay.New(k.req.Body, k.req.ContentLength, limit, &k.state.memory)
+	k.body, k.sending.Body = body, attempt
+}
+
+// send makes one attempt, through the Layers if there are any.
+func (k *call) send() {
+	req := k.sending
+	k.attempts++
+	switch {
+	case k.state.layers != nil:
+		resp, err := k.state.layers.RoundTrip(req)
+		k.judge(req, resp, err)
+	case req.URL != k.req.URL && (req.URL.Host != k.req.URL.Host || req.URL.Scheme != k.req.URL.Scheme):
+		k.sending = nil                   // its body is closed there, whatever happens
+		k.state.elsewhere(req, &k.result) // Prepare has changed it
+	default:
+		k.sending = nil
+		k.state.attempt(k.service, k.policy, req, &k.result)
+	}
+	k.sending = nil // its body is closed
+	if !k.sent() {
+		k.attempts--
+	}
+}
+
+// bottom is the RoundTripper below the Layers. A Layer may have changed the
+// host, so it looks for the service anew.
+type bottom state
+
+func (b *bottom) RoundTrip(req *http.Request) (*http.Response, error) {
+	var r result
+	(*state)(b).elsewhere(req, &r)
+	if r.early != nil { // a Layer may drop the error, and the response with it
+		if kept := drain.Keep(r.early.Response); kept != nil {
+			r.early.Response = kept
+		}
+	}
+	return r.resp, r.err
+}
+
+// elsewhere makes one attempt of req at the service that it goes to by itself.
+func (st *state) elsewhere(req *http.Request, r *result) {
+	var s *service
+	var p *policy
+	if req.URL != nil {
+		s, p = st.enter(req)
+	}
+	if s == nil {
+		resp, err := st.base.RoundTrip(req)
+		r.judge(req, resp, err)
+		return
+	}
+	defer s.life.End()
+	st.attempt(s, p, req, r)
 }
 
 // again decides about the first attempt's result and, if it is to be retried,
-// makes the other attempts. The loop is go-retryablehttp's. Its http.Client
-// gets to see a stand-in of the request and of each response: it would follow
-// redirects, refuse a RequestURI and wrap errors.
-func (k *call) again(resp *http.Response, err error) (*http.Response, error) {
-	k.resp, k.err = resp, err
-	if !k.decide() {
-		return k.resp, k.err
-	}
-	ctx, stop := waitContext(k.req)
-	defer stop()
-	k.client = http.Client{Transport: (*resume)(k)}
-	k.engine = retryablehttp.Client{
-		HTTPClient:   &k.client,
-		RetryMax:     k.retry.MaxAttempts - 1,
-		CheckRetry:   k.check,
-		Backoff:      func(time.Duration, time.Duration, int, *http.Response) time.Duration { return k.wait },
-		PrepareRetry: k.prepare,
-		ErrorHandler: retryablehttp.PassthroughErrorHandler,
-	}
-	if _, err := k.engine.Do(&retryablehttp.Request{Request: standIn.WithContext(ctx)}); err != nil {
-		return nil, k.giveUp(err)
-	}
-	return k.resp, k.wrap(k.err)
-}
-
-var (
-	standIn         = &http.Request{Method: http.MethodGet, URL: &url.URL{Scheme: "http", Host: "tripper.invalid"}, Header: http.Header{}}
-	standInResponse = &http.Response{StatusCode: http.StatusOK, Body: http.NoBody}
-)
-
-// resume is the call as the engine's transport: it hands out the first result,
-// and then makes further attempts.
-type resume call
-
-func (r *resume) RoundTrip(*http.Request) (*http.Response, error) {
-	k := (*call)(r)
-	if k.resumed {
-		k.resp, k.err = k.send()
-		if !errors.Is(k.err, ErrRejected) {
-			k.service.rest().retries.Add(1)
+// has go-retryablehttp's loop make the other attempts.
+func (k *call) again() {
+	returned := false
+	defer func() {
+		if !returned {
+			k.abort()
+		}
+	}()
+	if k.Decide() {
+		ctx, stop := waitContext(k.req)
+		defer stop()
+		if err := engine.Run(ctx, k.retry.MaxAttempts-1, k); err != nil {
+			k.result = k.giveUp(err)
 		}
 	}
-	return standInResponse, nil
-}
-
-// check is the engine's CheckRetry.
-func (k *call) check(context.Context, *http.Response, error) (bool, error) {
-	if !k.resumed {
-		k.resumed = true
-		return true, nil
-	}
-	return k.decide(), nil
+	returned = true
 }
 
 // giveUp ends the call after the engine stopped between two attempts: because
 // the caller left, or because the next request could not be prepared.
-func (k *call) giveUp(err error) error {
-	k.resp = nil
+func (k *call) giveUp(err error) result {
+	k.closeResult()
 	k.closeNext()
 	switch {
 	case k.dropped != nil:
-		return k.wrap(k.dropped)
+		return result{err: k.dropped, fault: fault.Fault{Kind: fault.Caller}}
 	case context.Cause(k.req.Context()) != nil:
-		return context.Cause(k.req.Context())
+		err = context.Cause(k.req.Context())
 	case ended(k.req) != nil: // through Request.Cancel, which http.Client closes at its Timeout
-		return ended(k.req)
+		err = ended(k.req)
 	}
-	return err
-}
-
-// wrap returns err as the caller gets it.
-func (k *call) wrap(err error) error {
-	attempts := k.attempts
-	if errors.Is(err, ErrRejected) {
-		attempts-- // nothing was sent
-	}
-	if err == nil || attempts <= 1 {
-		return err
-	}
-	return &RetryError{attempts, err}
+	k.attempts = min(k.attempts, 1) // the caller's own end of it comes as it is
+	return result{err: err, fault: fault.Fault{Kind: fault.Cancelled}}
 }
 
 // abort closes what nobody else will close any more.
 func (k *call) abort() {
-	closeResponse(k.resp)
+	k.closeResult()
 	if k.body != nil {
 		k.body.Abort()
 		return
 	}
-	if k.sent != nil {
-		closeBody(k.sent)
+	if k.sending != nil {
+		closeBody(k.sending)
 	}
 	k.closeNext()
+}
+
+func (k *call) closeResult() {
+	closeResponse(k.result.answer())
+	k.result = result{}
 }
 
 func (k *call) closeNext() {
@@ -752,76 +881,90 @@ func (k *call) closeNext() {
 	}
 }
 
-// decide reports whether the latest result is to be retried, and gets ready
-// for it. It may put an error into the place of the result.
-func (k *call) decide() bool {
-	if ended(k.req) != nil || !k.retry.mayRetry(k.resp, k.err) {
+// Wait returns the wait before the next attempt.
+func (k *call) Wait() time.Duration { return k.wait }
+
+// Attempt makes the next attempt. If nothing of it is sent, the result before
+// stays in hand.
+func (k *call) Attempt() {
+	before := k.result
+	k.result = result{}
+	k.send()
+	if !k.sent() {
+		k.result, k.stopped = before, k.err
+		return
+	}
+	k.service.rest().retries.Add(1)
+	closeResponse(before.answer()) // it is in memory
+}
+
+// Decide reports whether the result in hand is to be retried, and gets ready for
+// it.
+func (k *call) Decide() bool {
+	if k.stopped != nil {
+		k.suppress(stoppedBy(k.stopped))
 		return false
 	}
-	retry, err := k.wanted()
-	switch {
-	case retry:
-	case err != nil:
-		k.replace(err)
-		return false
-	default:
-		// An SDK that retries by itself would not ask the caller's CheckRetry.
-		if k.retry.CheckRetry != nil && (k.err != nil || retryableAnswer(k.resp)) {
-			k.markFinal()
-		}
+	if ended(k.req) != nil || !k.retry.mayRetry(&k.result) || !k.wanted() {
 		return false
 	}
-	obstacle := k.forbidden()
-	if obstacle == nil {
-		if open := k.service.blocked(k.wait); open != nil {
-			k.chain.logRejection(k.service, open)
-			k.replace(open)
-			k.attempts++
-			return false
-		}
-		obstacle = k.unaffordable()
+	var why obstacle
+	if k.wait, why = k.plan(time.Now()); why == none {
+		why = k.afford()
 	}
-	if obstacle != nil {
-		obstacle.Add(1)
-		k.markFinal()
+	if why != none {
+		k.suppress(why)
 		return false
 	}
-	k.chain.tellRetry(k)
-	k.discard()
+	k.state.tellRetry(k)
+	k.keep()
 	return true
 }
 
-// replace puts err into the place of the latest result.
-func (k *call) replace(err error) {
-	k.discard()
-	k.resp, k.err = nil, err
-}
-
-// discard lets go of the latest result.
-func (k *call) discard() {
-	if early, ok := errors.AsType[*sse.Failure](k.err); ok {
-		early.Response.Body.Close()
+// keep lets go of the result's connection, and keeps the result as long as it
+// may still have to be returned.
+func (k *call) keep() {
+	resp := k.result.answer()
+	if resp == nil {
+		return
 	}
-	drain.Close(k.resp)
-	k.resp, k.err = nil, nil
+	kept := drain.Keep(resp)
+	switch {
+	case kept == nil: // it was too long
+		k.result = result{err: errors.Join(redact.StatusError(resp.StatusCode))}
+	case k.early != nil:
+		k.early.Response = kept
+	default:
+		k.resp = kept
+	}
 }
 
-// wanted asks CheckRetry about the latest result.
-func (k *call) wanted() (bool, error) {
+// wanted asks CheckRetry about the result.
+func (k *call) wanted() bool {
 	ctx := k.req.Context()
 	if k.retry.CheckRetry == nil {
-		return CheckRetry(ctx, k.resp, k.err)
+		return k.result.retryable()
 	}
+	var retry bool
+	var err error
 	if k.err == nil {
-		return k.retry.CheckRetry(ctx, k.resp, nil)
+		retry, err = k.retry.CheckRetry(ctx, k.resp, nil)
+	} else {
+		method := valueOr(k.req.Method, http.MethodGet)
+		wrapped := &url.Error{Op: method[:1] + strings.ToLower(method[1:]), URL: redact.URL(k.req.URL), Err: k.err}
+		if retry, err = k.retry.CheckRetry(ctx, nil, wrapped); err == error(wrapped) {
+			err = nil // the caller's http.Client wraps it
+		}
 	}
-	method := valueOr(k.req.Method, http.MethodGet)
-	wrapped := &url.Error{Op: method[:1] + strings.ToLower(method[1:]), URL: cleanURL(k.req.URL), Err: k.err}
-	retry, err := k.retry.CheckRetry(ctx, nil, wrapped)
-	if err == error(wrapped) {
-		err = k.err // the caller's http.Client wraps it
+	switch {
+	case retry:
+	case err != nil:
+		closeResponse(k.result.answer())
+		k.judge(k.req, nil, err)
+	case k.result.retryable():
+		k.markFinal() // an SDK that retries by itself would not ask this CheckRetry
 	}
-	return retry, err
+	return retry
 }
 
 func valueOr(s, otherwise string) string {
@@ -831,60 +974,59 @@ func valueOr(s, otherwise string) string {
 	return s
 }
 
-// forbidden sets the wait before the next attempt, and returns the counter of
-// the rule that forbids that attempt, or nil.
-func (k *call) forbidden() *atomic.Uint64 {
-	t := k.service.rest()
+// plan returns the wait before the next attempt, or what is in its way.
+func (k *call) plan(now time.Time) (time.Duration, obstacle) {
+	r := k.retry
 	switch {
-	case k.attempts >= k.retry.MaxAttempts:
-		return &t.exhausted
-	case k.retry.Replay == ReplaySafe && !idempotent(k.model) && !k.conn.neverSent() && !provablyIdle(k.resp, k.err):
-		return &t.unsafeMethod
+	case k.attempts >= r.MaxAttempts:
+		return 0, tooManyAttempts
+	case r.Replay == ReplaySafe && !idempotent(k.model) && !k.result.provablyIdle():
+		return 0, unsafeMethod
 	}
-	if k.retry.Backoff != nil {
-		k.wait = max(0, k.retry.Backoff(k.retry.MinWait, k.retry.MaxWait, k.attempts-1, k.resp))
-	} else {
-		k.wait = k.retry.wait(k.attempts-1, k.wait)
-	}
-	if k.resp != nil {
-		if asked, ok := RetryAfter(k.resp.Header, time.Now()); ok {
-			if asked > k.retry.MaxRetryAfter {
-				return &t.tooLong
+	wait := r.next(k.attempts-1, k.wait, k.resp)
+	if resp := k.result.answer(); resp != nil {
+		if asked, ok := RetryAfter(resp.Header, now); ok {
+			if asked > r.MaxRetryAfter {
+				return 0, askedTooMuch
 			}
-			k.wait = max(k.wait, asked)
+			wait = max(wait, asked)
 		}
 	}
-	if deadline, ok := k.req.Context().Deadline(); ok && time.Until(deadline) <= k.wait ||
-		k.retry.MaxElapsed > 0 && k.wait > k.retry.MaxElapsed-time.Since(k.start) {
-		return &t.noTime
+	if k.outlasts(now, wait) {
+		return 0, noTime
 	}
-	return nil
+	if no := k.service.breaker.Blocked(wait, now); no != nil {
+		k.stopped = (*OpenError)(no)
+		return 0, breakerOpen
+	}
+	return wait, none
 }
 
-// unaffordable takes what the next attempt needs: a token of the budget and a
-// request body. It returns the counter of what is missing, or nil.
-func (k *call) unaffordable() *atomic.Uint64 {
-	t := k.service.rest()
-	switch {
-	case k.body != nil && !k.body.Replayable():
-		return &t.noBody // and nothing is spent
-	case !k.spend():
-		return &t.noBudget
-	case !k.takeBody(): // last, for it ends an upload that may still be going on
-		return &t.noBody
-	}
-	return nil
-}
-
-// spend takes a token of the service's budget.
-func (k *call) spend() bool {
-	if k.retry.Budget.Ratio < 0 {
+// outlasts reports whether a wait from now on would outlast the request.
+func (k *call) outlasts(now time.Time, wait time.Duration) bool {
+	if deadline, ok := k.req.Context().Deadline(); ok && deadline.Sub(now) <= wait {
 		return true
 	}
-	budget := &k.service.rest().budget
-	budget.Lock()
-	defer budget.Unlock()
-	return budget.spend(k.service.policy.Retry.Budget, time.Now(), k.service.hot.begun())
+	if k.start.IsZero() {
+		return false
+	}
+	elapsed := now.Sub(k.start)
+	return k.retry.MaxElapsed > 0 && wait > k.retry.MaxElapsed-elapsed ||
+		k.policy.TotalTimeout > 0 && wait >= k.policy.TotalTimeout-elapsed
+}
+
+// afford takes what the next attempt needs: a token of the budget and a request
+// body. It returns what is missing.
+func (k *call) afford() obstacle {
+	switch {
+	case k.body != nil && !k.body.Replayable():
+		return bodyGone // and nothing is spent
+	case k.retry.Budget.Ratio >= 0 && !k.service.spend():
+		return noBudget
+	case !k.takeBody(): // last, for it ends an upload that may still be going on
+		return bodyGone
+	}
+	return none
 }
 
 // takeBody gets the body of the next attempt while there still is a result to
@@ -900,67 +1042,67 @@ func (k *call) takeBody() bool {
 		}
 		return attempt != nil
 	}
+	if k.req.GetBody == nil { // it was not recorded
+		return false
+	}
 	next, err := k.req.GetBody()
 	if err == nil {
-		k.next = next
+		k.next = replay.Watch(next)
 	}
 	return err == nil
 }
 
-// markFinal notes that the latest result is final though it may look like one
-// to retry, and tells an SDK that retries by itself.
-func (k *call) markFinal() {
-	k.final = true
-	if k.resp != nil && sdk.Retries(k.req) {
-		sdk.MarkFinal(k.resp)
-	}
+// suppress says that a retry that was wanted is not made, and why.
+func (k *call) suppress(why obstacle) {
+	k.service.rest().suppressed[why].Add(1)
+	k.markFinal()
+	k.state.tellNoRetry(k, why)
 }
 
-// finalError returns err as req's caller gets it, where retries of its own would
-// only multiply the attempts. An SDK that retries every error but obeys a
-// response gets a response, which it turns into its typed error.
-func finalError(req *http.Request, err error) (*http.Response, error) {
-	if !sdk.Retries(req) {
-		return nil, err
+// markFinal notes that the result is final though it may look like one to retry,
+// and tells an SDK that retries by itself.
+func (k *call) markFinal() {
+	k.final = true
+	if resp := k.result.answer(); resp != nil && k.forSDK() {
+		sdk.MarkFinal(resp)
 	}
-	var wait time.Duration
-	if open, ok := errors.AsType[*OpenError](err); ok {
-		wait = max(time.Second, time.Until(open.Until))
-	}
-	return sdk.Answer(req, isTimeout(err), wait, cause(req, nil, err).Error()), nil
 }
 
 // bodyRelease is how long a retry waits for Base to let go of the body of the
 // attempt before.
 const bodyRelease = 5 * time.Second
 
-// prepare is the engine's PrepareRetry: it makes the next attempt's request.
-func (k *call) prepare(*http.Request) error {
+// Prepare makes the next attempt's request.
+func (k *call) Prepare() error {
 	if err := ended(k.req); err != nil {
 		return err
 	}
 	if a, ok := k.next.(*replay.Attempt); ok {
 		a.Wait(k.req.Context().Done(), bodyRelease)
 	}
-	ctx := k.trace(context.WithValue(k.req.Context(), attemptKey{}, k.attempts+1))
+	ctx := context.WithValue(fault.WatchHook(k.req.Context()), contextKey{}, &contextValue{attempt: k.attempts + 1})
 	if k.retry.Prepare == nil {
-		k.sent = k.model.WithContext(ctx)
+		k.sending = k.model.WithContext(ctx)
 	} else {
-		k.sent = k.model.Clone(ctx)
-		k.sent.Trailer = k.model.Trailer // filled in while the body is read
+		k.sending = k.model.Clone(ctx)
+		k.sending.Trailer = k.model.Trailer // filled in while the body is read
 	}
 	if k.next != nil {
-		k.sent.Body, k.next = k.next, nil
+		k.sending.Body, k.next = k.next, nil
 	}
-	if k.retry.Prepare != nil {
-		if err := k.retry.Prepare(k.sent); err != nil {
-			closeBody(k.sent)
-			k.sent, k.dropped = nil, err
-			return err
-		}
+	if k.retry.Prepare == nil {
+		return nil
 	}
-	k.attempts++
-	return nil
+	body := k.sending.Body
+	err := k.retry.Prepare(k.sending)
+	if body != nil && k.sending.Body != body {
+		body.Close() // Prepare has put another one in its place
+	}
+	if err != nil {
+		closeBody(k.sending)
+		k.sending, k.dropped = nil, err
+	}
+	return err
 }
 
 // waitContext returns a context that ends when the caller ends req.
@@ -980,23 +1122,52 @@ func waitContext(req *http.Request) (context.Context, context.CancelFunc) {
 	return ctx, stop
 }
 
-// A connTrace sees whether an attempt got a connection.
-type connTrace struct{ wanted, got atomic.Bool }
-
-// neverSent reports whether Base asked for a connection and got none. A Base
-// that does not tell might have sent the request.
-func (c *connTrace) neverSent() bool { return c != nil && c.wanted.Load() && !c.got.Load() }
-
-// trace watches the next attempt, if it depends on that whether there is
-// another one.
-func (k *call) trace(ctx context.Context) context.Context {
-	if k.retry.Replay != ReplaySafe || k.retry.MaxAttempts <= 1 || idempotent(k.model) {
-		return ctx
+// ended returns how the caller has ended req, or nil. An http.Client with a
+// Timeout ends it through both the context and the older channel.
+func ended(req *http.Request) error {
+	if err := req.Context().Err(); err != nil {
+		return err
 	}
-	c := &connTrace{}
-	k.conn = c
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GetConn: func(string) { c.wanted.Store(true) },
-		GotConn: func(httptrace.GotConnInfo) { c.got.Store(true) },
-	})
+	select {
+	case <-req.Cancel: //lint:ignore SA1019 callers still use it
+		if deadline, ok := req.Context().Deadline(); ok && time.Until(deadline) <= 0 {
+			return context.DeadlineExceeded
+		}
+		return context.Canceled
+	default:
+		return nil
+	}
 }
+
+// late reports whether it was time that ended req: the context's deadline, or
+// TotalTimeout.
+func late(req *http.Request) bool {
+	why := ended(req)
+	if why == context.Canceled {
+		return is[*timeout.Exceeded](context.Cause(req.Context()))
+	}
+	return why != nil
+}
+
+// cancelled reports whether r comes of the caller's cancelling req, by whatever
+// means.
+func cancelled(req *http.Request, r *result) bool {
+	if ended(req) != nil {
+		return !late(req)
+	}
+	return r.fault.Kind == fault.Cancelled
+}
+
+func closeBody(req *http.Request) {
+	if req.Body != nil {
+		req.Body.Close()
+	}
+}
+
+func closeResponse(resp *http.Response) {
+	if resp != nil && resp.Body != nil {
+		resp.Body.Close()
+	}
+}
+
+func hasBody(req *http.Request) bool { return req.Body != nil && reflect.TypeOf(req.Body) != noBody }

@@ -67,6 +67,7 @@ type transportScript struct {
 	requests  []*http.Request
 	bodies    []string
 	responses []*http.Response
+	pages     []io.ReadCloser // the bodies of the responses, as they were
 }
 
 func (s *transportScript) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -96,14 +97,15 @@ func (s *transportScript) answer(req *http.Request, resp *http.Response) *http.R
 	defer s.mu.Unlock()
 	resp.Request = req
 	s.responses = append(s.responses, resp)
+	s.pages = append(s.pages, resp.Body)
 	return resp
 }
 
 // transportEager is a Policy that retries without a wait worth the name, a
-// budget or a breaker.
+// budget or a breaker, and retries every method.
 func transportEager() Policy {
 	return Policy{
-		Retry:   RetryPolicy{MinWait: 1, MaxWait: 1, Jitter: JitterNone, Budget: Budget{Ratio: -1}},
+		Retry:   RetryPolicy{MinWait: 1, MaxWait: 1, Jitter: JitterNone, Replay: ReplayAny, Budget: Budget{Ratio: -1}},
 		Breaker: BreakerPolicy{FailureThreshold: -1},
 	}
 }
@@ -392,7 +394,8 @@ func transportUnreadable(t *testing.T, c *http.Client, target string) string {
 	return direct + transportGot(resp, err)
 }
 
-// transportFirst answers the first request with a 503 in handler's place.
+// transportFirst answers the first request with a 503 in handler's place. It says
+// that nothing was done, so that ReplaySafe retries a POST, too.
 func transportFirst(handler http.Handler) http.HandlerFunc {
 	var n atomic.Int32
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -403,6 +406,7 @@ func transportFirst(handler http.Handler) http.HandlerFunc {
 		if r.Header.Get("Expect") == "" {
 			io.Copy(io.Discard, r.Body)
 		}
+		w.Header().Set("Retry-After", "0")
 		w.WriteHeader(http.StatusServiceUnavailable)
 	}
 }
@@ -521,16 +525,20 @@ func TestTransportLeavesBadRequestsToItsBase(t *testing.T) {
 // A body that is not as long as the request says is the caller's fault: it is
 // neither sent again nor held against the service.
 func TestTransportWrongContentLength(t *testing.T) {
-	for _, text := range []string{
-		"net/http: HTTP/1.x transport connection broken: http: ContentLength=9 with Body length 10",
-		"http2: request body larger than specified content length",
+	broken := func(text string) error {
+		return fmt.Errorf("net/http: HTTP/1.x transport connection broken: %w", errors.New(text))
+	}
+	for _, wrong := range []error{ // which is what net/http says, unless the server answers first
+		broken("http: ContentLength=9 with Body length 10"),
+		errors.New("http2: request body larger than specified content length"),
 	} {
-		wrong := errors.New(text) // which is what net/http says, unless the server answers first
-		tr := &Transport{Base: policyBase(func(req *http.Request) (*http.Response, error) {
+		tr := &Transport{Base: transportFunc(func(req *http.Request) (*http.Response, error) {
 			closeBody(req)
 			return nil, wrong
 		})}
-		_, err := tr.RoundTrip(transportRequest(t, "POST", "http://api.example.com", transportPlain()))
+		req := transportRequest(t, "PUT", "http://api.example.com", transportPlain())
+		req.ContentLength = 9
+		_, err := tr.RoundTrip(req)
 		assert.Equal(t, wrong, err)
 		st, _ := tr.Stats("api.example.com")
 		assert.Equal(t, []uint64{1, 0, 0}, []uint64{st.Attempts, st.Retries, st.Failures}, "attempts, retries, failures")
@@ -695,7 +703,7 @@ func TestTransportResults(t *testing.T) {
 				transportCheckDiscarded(t, base, resp)
 				if c.err != nil {
 					require.Nil(t, resp)
-					require.Equal(t, &RetryError{c.attempts, c.err}, err)
+					require.Equal(t, &RetryError{Attempts: c.attempts, Err: c.err}, err)
 					return
 				}
 				require.NoError(t, err)
@@ -707,23 +715,27 @@ func TestTransportResults(t *testing.T) {
 	}
 }
 
-// transportCheckDiscarded checks that every response but the one that was
-// returned has been closed once, and that one not at all.
+// transportCheckDiscarded checks that the body of every response but the one that
+// was returned has been closed once, and that one not at all. One that was kept
+// in memory for a retry that did not come is closed, too.
 func transportCheckDiscarded(t *testing.T, base *transportScript, returned *http.Response) {
+	t.Helper()
 	for i, resp := range base.responses {
-		body, ok := resp.Body.(*transportBody)
-		if !ok {
-			body = resp.Body.(interface{ inner() *transportBody }).inner()
-		}
 		want := int32(1)
-		if resp == returned {
+		if resp == returned && !transportKept(resp) {
 			want = 0
 		}
-		assert.Equal(t, want, body.closes.Load(), "closes of response %d", i+1)
+		assert.Equal(t, want, base.pages[i].(*transportBody).closes.Load(), "closes of response %d", i+1)
 	}
 }
 
-// inner makes the wrapped body of a success visible to transportCheckDiscarded.
+// transportKept reports whether the body of resp is in memory.
+func transportKept(resp *http.Response) bool {
+	_, ok := resp.Body.(interface{ Len() int })
+	return ok
+}
+
+// inner makes the wrapped body of a success visible.
 func (b *body) inner() *transportBody { return b.ReadCloser.(*transportBody) }
 
 func TestTransportFinalResponseIsUntouched(t *testing.T) {
@@ -916,46 +928,63 @@ func (e transportNetError) Temporary() bool { return e.temporary }
 
 func TestRetryErrorSpeaksForItsCause(t *testing.T) {
 	for _, e := range []transportNetError{{true, false}, {false, true}, {false, false}} {
-		err := &RetryError{3, fmt.Errorf("wrapped: %w", e)}
+		err := &RetryError{Attempts: 3, Err: fmt.Errorf("wrapped: %w", e)}
 		require.Equal(t, e.timeout, err.Timeout())
 		require.Equal(t, e.temporary, err.Temporary())
 		require.ErrorIs(t, err, e)
 		require.EqualError(t, err, "tripper: giving up after 3 attempts: wrapped: net error")
 	}
-	plain := &RetryError{2, errors.New("plain")}
+	plain := &RetryError{Attempts: 2, Err: errors.New("plain")}
 	require.False(t, plain.Timeout())
 	require.False(t, plain.Temporary())
 }
 
-// An open breaker's error is bare when one attempt at most was sent.
+// A breaker that opens under a request ends its retries. What is in hand goes to
+// the caller, as it would if the attempts had run out.
 func TestTransportOpenBreakerEndsRetries(t *testing.T) {
+	broken := errors.New("broken")
 	for _, c := range []struct {
-		threshold, sent int
-	}{{1, 1}, {2, 2}, {3, 3}} {
+		threshold int
+		answer    any
+	}{{1, 503}, {2, 503}, {3, 503}, {1, broken}, {2, broken}, {3, broken}} {
 		synctest.Test(t, func(t *testing.T) {
-			base := &transportScript{answers: []any{503}}
+			base := &transportScript{answers: []any{c.answer}}
 			p := transportSteady()
 			p.Retry.MaxAttempts, p.Breaker.FailureThreshold = 6, c.threshold
 			tr := &Transport{Base: base, Policy: p}
 			resp, err := tr.RoundTrip(transportRequest(t, "GET", transportURL, nil))
-			require.Nil(t, resp)
-			require.Len(t, base.requests, c.sent)
-			require.ErrorIs(t, err, ErrRejected)
-			var open *OpenError
-			require.ErrorAs(t, err, &open)
-			require.Equal(t, "api.example.com", open.Service)
-			several, ok := err.(*RetryError)
-			require.Equal(t, c.sent > 1, ok, "%v", err)
-			if ok {
-				require.Equal(t, c.sent, several.Attempts)
+			require.Len(t, base.requests, c.threshold)
+			transportCheckDiscarded(t, base, resp)
+			require.NotErrorIs(t, err, ErrRejected, "it was sent")
+			if c.answer == broken {
+				transportCheckStopped(t, err, c.threshold, broken)
+			} else {
+				require.NoError(t, err)
+				require.Equal(t, fmt.Sprint("answer ", c.threshold), transportRead(t, resp))
 			}
-			transportCheckDiscarded(t, base, nil)
-
 			_, err = tr.RoundTrip(transportRequest(t, "GET", transportURL, nil))
 			require.IsType(t, &OpenError{}, err)
-			require.Len(t, base.requests, c.sent, "nothing is sent to an open breaker")
+			require.ErrorIs(t, err, ErrRejected)
+			require.Len(t, base.requests, c.threshold, "nothing is sent to an open breaker")
+			st, _ := tr.Stats("api.example.com")
+			require.Equal(t, []uint64{2, 1, 1, 1}, []uint64{st.Requests, st.Failed, st.Rejected, st.Suppressed.Breaker})
 		})
 	}
+}
+
+// transportCheckStopped checks the error of a request whose retries an open
+// breaker has ended.
+func transportCheckStopped(t *testing.T, err error, attempts int, last error) {
+	t.Helper()
+	several, ok := err.(*RetryError)
+	require.True(t, ok, "%T", err)
+	require.Equal(t, attempts, several.Attempts)
+	require.Equal(t, last, several.Err)
+	open, ok := several.Stopped.(*OpenError)
+	require.True(t, ok, "%T", several.Stopped)
+	require.Equal(t, "api.example.com", open.Service)
+	var inChain *OpenError
+	require.False(t, errors.As(err, &inChain))
 }
 
 // Configuration of single requests and of layers.
@@ -976,14 +1005,17 @@ func TestTransportInvalidConfiguration(t *testing.T) {
 
 func TestWithRetry(t *testing.T) {
 	for _, c := range []struct {
-		own      RetryPolicy
+		change   func(*RetryPolicy)
 		attempts int
 		err      string
 	}{
-		{RetryPolicy{MaxAttempts: 1}, 1, ""},
-		{RetryPolicy{MaxAttempts: 5, MinWait: 1}, 5, ""},
-		{RetryPolicy{}, 3, ""}, // the defaults, not the host's policy
-		{RetryPolicy{MaxWait: -1}, 0, "tripper: WithRetry.MaxWait is -1ns"},
+		{func(r *RetryPolicy) { r.MaxAttempts = 1 }, 1, ""},
+		{func(r *RetryPolicy) { r.MaxAttempts = 5 }, 5, ""},
+		{func(r *RetryPolicy) {}, 2, ""}, // the host's own
+		{nil, 2, ""},
+		{func(r *RetryPolicy) { *r = RetryPolicy{Replay: ReplayAny} }, 3, ""}, // the defaults
+		{func(r *RetryPolicy) { r.Replay = ReplaySafe }, 1, ""},
+		{func(r *RetryPolicy) { r.MaxWait = -1 }, 0, "tripper: WithRetry.MaxWait is -1ns"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			base := &transportScript{answers: []any{503}}
@@ -991,7 +1023,7 @@ func TestWithRetry(t *testing.T) {
 			p.Retry.MaxAttempts = 2
 			tr := &Transport{Base: base, Policy: p}
 			body := &transportBody{Reader: transportBytes()}
-			req := transportRequest(t, "POST", transportURL, body).WithContext(WithRetry(t.Context(), c.own))
+			req := transportRequest(t, "POST", transportURL, body).WithContext(WithRetry(t.Context(), c.change))
 			resp, err := tr.RoundTrip(req)
 			require.Len(t, base.requests, c.attempts)
 			require.EqualValues(t, 1, body.closes.Load())
@@ -1007,6 +1039,26 @@ func TestWithRetry(t *testing.T) {
 			require.NoError(t, err)
 			require.Len(t, base.requests, c.attempts+2, "others keep the policy")
 		})
+	}
+}
+
+// The function of WithRetry gets a copy with every default resolved.
+func TestWithRetryGetsTheHostsPolicy(t *testing.T) {
+	p := transportSteady()
+	p.Retry.IdempotencyKey = true
+	tr := &Transport{
+		Base:  &transportScript{answers: []any{200}},
+		Hosts: map[string]Policy{"api.example.com": p},
+	}
+	want := Policy{Retry: p.Retry}.withDefaults().Retry
+	for range 2 { // the second is not told what the first has changed
+		ctx := WithRetry(t.Context(), func(r *RetryPolicy) {
+			assert.Equal(t, want, *r)
+			r.MaxAttempts, r.BodyLimit = 9, 9
+		})
+		resp, err := tr.RoundTrip(transportRequest(t, "GET", transportURL, nil).WithContext(ctx))
+		require.NoError(t, err)
+		resp.Body.Close()
 	}
 }
 
@@ -1039,39 +1091,54 @@ func TestLayersSeeEveryAttempt(t *testing.T) {
 	})
 }
 
-// A Layer's refusal is final, and says nothing about the service.
+// A Layer's refusal is final, and says nothing about the service. It is the
+// result only of a request of which nothing was sent.
 func TestLayerRefuses(t *testing.T) {
-	for _, from := range []int{1, 2, 3} {
-		synctest.Test(t, func(t *testing.T) {
-			full := fmt.Errorf("bulkhead full: %w", ErrRejected)
-			refuse := func(next http.RoundTripper) http.RoundTripper {
-				return transportFunc(func(r *http.Request) (*http.Response, error) {
-					if Attempt(r.Context()) < from {
-						return next.RoundTrip(r)
-					}
-					r.Body.Close()
-					return nil, full
-				})
+	broken := errors.New("broken")
+	for _, answer := range []any{503, broken} {
+		for _, from := range []int{1, 2, 3} {
+			synctest.Test(t, func(t *testing.T) { transportRefusal(t, answer, from) })
+		}
+	}
+}
+
+// transportRefusal has a Layer refuse the attempts from that one on.
+func transportRefusal(t *testing.T, answer any, from int) {
+	full := fmt.Errorf("bulkhead full: %w", ErrRejected)
+	refuse := func(next http.RoundTripper) http.RoundTripper {
+		return transportFunc(func(r *http.Request) (*http.Response, error) {
+			if Attempt(r.Context()) < from {
+				return next.RoundTrip(r)
 			}
-			base := &transportScript{answers: []any{503}}
-			p := transportSteady()
-			p.Retry.MaxAttempts, p.Breaker = 5, BreakerPolicy{}
-			tr := &Transport{Base: base, Layers: []Layer{refuse}, Policy: p}
-			body := &transportBody{Reader: transportBytes()}
-			resp, err := tr.RoundTrip(transportRequest(t, "POST", transportURL, body))
-			require.Nil(t, resp)
-			require.EqualValues(t, 1, body.closes.Load())
-			require.Len(t, base.requests, from-1)
-			if from <= 2 {
-				require.Equal(t, full, err)
-			} else {
-				require.Equal(t, &RetryError{from - 1, full}, err)
-			}
-			st, _ := tr.Stats("api.example.com")
-			require.Equal(t, []uint64{1, 1, uint64(from - 1), uint64(from - 1)},
-				[]uint64{st.Requests, st.Rejected, st.Attempts, st.Failures})
+			r.Body.Close()
+			return nil, full
 		})
 	}
+	base := &transportScript{answers: []any{answer}}
+	p := transportSteady()
+	p.Retry.MaxAttempts, p.Breaker = 5, BreakerPolicy{}
+	tr := &Transport{Base: base, Layers: []Layer{refuse}, Policy: p}
+	body := &transportBody{Reader: transportBytes()}
+	resp, err := tr.RoundTrip(transportRequest(t, "POST", transportURL, body))
+	require.EqualValues(t, 1, body.closes.Load())
+	require.Len(t, base.requests, from-1)
+	transportCheckDiscarded(t, base, resp)
+	st, _ := tr.Stats("api.example.com")
+	if from == 1 {
+		require.Nil(t, resp)
+		require.Equal(t, full, err)
+		require.Equal(t, []uint64{1, 1, 0, 0, 0}, []uint64{st.Requests, st.Rejected, st.Failed, st.Attempts, st.Failures})
+		return
+	}
+	if answer == 503 {
+		require.NoError(t, err)
+		require.Equal(t, fmt.Sprint("answer ", from-1), transportRead(t, resp))
+	} else {
+		require.Nil(t, resp)
+		require.Equal(t, &RetryError{Attempts: from - 1, Err: answer.(error), Stopped: full}, err)
+	}
+	n := uint64(from - 1)
+	require.Equal(t, []uint64{1, 0, 1, n, n, n - 1}, []uint64{st.Requests, st.Rejected, st.Failed, st.Attempts, st.Failures, st.Retries})
 }
 
 func TestPrepare(t *testing.T) {
@@ -1129,6 +1196,8 @@ func TestPrepareFails(t *testing.T) {
 			require.ErrorIs(t, err, noKey)
 			if fails == 2 {
 				require.Equal(t, noKey, err)
+			} else {
+				require.Equal(t, &RetryError{Attempts: 2, Err: noKey}, err)
 			}
 			require.Len(t, base.requests, fails-1)
 			transportCheckDiscarded(t, base, nil)
@@ -1221,7 +1290,7 @@ func TestTransportAnswersAtOnceWhenTheWaitIsTooLong(t *testing.T) {
 		{"deadline of the second wait", []any{503}, 2500 * time.Millisecond, 0, 0, 2, time.Second},
 		{"http.Client.Timeout", []any{503}, 0, 900 * time.Millisecond, 0, 1, 0},
 		{"http.Client.Timeout of the second wait", []any{503}, 0, 2500 * time.Millisecond, 0, 2, time.Second},
-		{"MaxElapsed", []any{503}, 0, 0, 900 * time.Millisecond, 1, 0},
+		{"MaxElapsed", []any{transportAnswer(503, "answer 1", "Retry-After", "2")}, 0, 0, 1900 * time.Millisecond, 1, 0},
 		{"MaxElapsed of the second wait", []any{503}, 0, 0, 2500 * time.Millisecond, 2, time.Second},
 		{"MaxElapsed, an error", []any{503, broken}, 0, 0, 2500 * time.Millisecond, 2, time.Second},
 		{"MaxElapsed just reached", []any{503}, 0, 0, 3 * time.Second, 3, 3 * time.Second},
@@ -1440,7 +1509,7 @@ func TestTransportReadsErrorPagesToTheirEnd(t *testing.T) {
 		require.Equal(t, c.end, page.ended, "%+v", c)
 		require.True(t, page.closed)
 		if !c.end {
-			require.LessOrEqual(t, c.size-page.left, int64(64<<10), "too much read of %+v", c)
+			require.LessOrEqual(t, c.size-page.left, int64(64<<10+1), "too much read of %+v", c)
 		}
 	}
 }
@@ -1672,15 +1741,8 @@ func TestTransportBrokenLayers(t *testing.T) {
 func TestTransportClosesIdleConnectionsOfTheDefault(t *testing.T) {
 	was := http.DefaultTransport
 	defer func() { http.DefaultTransport = was }()
-	base := &closingBase{}
+	base := &transportPool{RoundTripper: &transportScript{}}
 	http.DefaultTransport = base
 	(&http.Client{Transport: &Transport{}}).CloseIdleConnections()
 	assert.Equal(t, 1, base.closed)
 }
-
-type closingBase struct {
-	policyBase
-	closed int
-}
-
-func (b *closingBase) CloseIdleConnections() { b.closed++ }

@@ -99,7 +99,7 @@ func contenders() []contender {
 func newTripper(base http.RoundTripper, s settings) http.RoundTripper {
 	return &tripper.Transport{Base: base, Policy: tripper.Policy{
 		Retry: tripper.RetryPolicy{
-			MaxAttempts: s.attempts, MinWait: s.minWait, MaxWait: s.maxWait, Jitter: tripper.JitterNone,
+			MaxAttempts: s.attempts, MinWait: s.minWait, MaxWait: s.maxWait, Jitter: tripper.JitterNone, Replay: tripper.ReplayAny,
 			// The others have no budget. This one is kept, and is never empty.
 			Budget: tripper.Budget{Ratio: float64(s.attempts), MinPerSecond: 10},
 		},

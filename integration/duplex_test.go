@@ -88,7 +88,7 @@ type talk struct {
 func (d *duplex) transport(t *testing.T, change ...func(*tripper.Transport)) *tripper.Transport {
 	base := d.Client().Transport.(*http.Transport)
 	tr := &tripper.Transport{Base: base, Policy: tripper.Policy{
-		Service: "api", Retry: tripper.RetryPolicy{MinWait: time.Millisecond, MaxWait: 2 * time.Millisecond},
+		Service: "api", Retry: tripper.RetryPolicy{MinWait: time.Millisecond, MaxWait: 2 * time.Millisecond, Replay: tripper.ReplayAny},
 	}}
 	for _, f := range change {
 		f(tr)
@@ -224,7 +224,7 @@ func TestDuplexFails(t *testing.T) {
 		t.Parallel()
 		d := playDuplex(t)
 		tr := d.transport(t)
-		require.True(t, tr.Trip("api", 0))
+		require.True(t, tr.Trip("api", 0, nil))
 		_, err := d.begin(limited(t), t, tr)
 		_, ok := errors.AsType[*tripper.OpenError](err)
 		require.True(t, ok, "%T: %v", err, err)

@@ -32,7 +32,7 @@ type stack struct {
 	retries *retries
 }
 
-// retries are the events of OnRetry.
+// retries are the events of an Observer.
 type retries struct {
 	mu     sync.Mutex
 	events []tripper.RetryEvent
@@ -57,9 +57,9 @@ func newStack(c client, s *service, change ...func(*tripper.Transport)) *stack {
 		Base: c.below.around(s.base()),
 		Policy: tripper.Policy{
 			Service: "api",
-			Retry:   tripper.RetryPolicy{MaxAttempts: 3, MinWait: time.Millisecond, MaxWait: 2 * time.Millisecond},
+			Retry:   tripper.RetryPolicy{MaxAttempts: 3, MinWait: time.Millisecond, MaxWait: 2 * time.Millisecond, Replay: tripper.ReplayAny},
 		},
-		OnRetry: st.retries.add,
+		Observers: []*tripper.Observer{{Retry: st.retries.add}},
 	}
 	if c.layer != nil {
 		st.Layers = []tripper.Layer{tripper.Layer(c.layer)}
@@ -277,16 +277,18 @@ func TestOpenBreaker(t *testing.T) {
 	})
 }
 
-// The breaker opens during the attempts of a call: that ends them.
+// The breaker opens during the attempts of a call: that ends them, and the caller
+// gets the answer in hand.
 func TestBreakerThatOpensEndsTheRetries(t *testing.T) {
 	each(t, others, func(t *testing.T, c client) {
 		st := newStack(c, play(t, c.fault(http.StatusServiceUnavailable)), func(tr *tripper.Transport) {
 			tr.Policy.Breaker.FailureThreshold = 2
 		})
 		_, err := st.call(t, c)
-		_, ok := errors.AsType[*tripper.OpenError](err)
-		require.True(t, ok, "%T: %v", err, err)
+		c.requireAnswer(t, err, http.StatusServiceUnavailable)
 		st.requireWire(t, 2)
+		stats, _ := st.Stats("api")
+		require.EqualValues(t, 1, stats.Suppressed.Breaker)
 	})
 }
 
@@ -313,7 +315,7 @@ func TestCancelDuringTheWait(t *testing.T) {
 	each(t, every, func(t *testing.T, c client) {
 		ctx, cancel := context.WithCancel(t.Context())
 		st := newStack(c, play(t, c.fault(http.StatusServiceUnavailable, "Retry-After", "59"), c.healthy), func(tr *tripper.Transport) {
-			tr.OnRetry = func(tripper.RetryEvent) { cancel() }
+			tr.Observers = []*tripper.Observer{{Retry: func(tripper.RetryEvent) { cancel() }}}
 		})
 		_, err := c.call(ctx, st.service.URL, st.http)
 		require.ErrorIs(t, err, context.Canceled)
@@ -360,14 +362,15 @@ func TestStainlessGetsTheOpenBreakerAsAnAnswer(t *testing.T) {
 	})
 }
 
-func TestStainlessGetsTheBreakerThatOpensAsAnAnswer(t *testing.T) {
+func TestStainlessGetsTheAnswerInHandWhenTheBreakerOpens(t *testing.T) {
 	each(t, stainless, func(t *testing.T, c client) {
 		st := newStack(c, play(t, c.fault(http.StatusServiceUnavailable)), func(tr *tripper.Transport) {
 			tr.Policy.Breaker.FailureThreshold = 2
 		})
 		_, err := st.call(t, c)
 		st.requireWire(t, 2)
-		c.requireSynthesized(t, err, http.StatusServiceUnavailable, "circuit breaker open for api")
+		c.requireAnswer(t, err, http.StatusServiceUnavailable)
+		require.Equal(t, "false", answerOf(err).Header.Get("X-Should-Retry"))
 	})
 }
 
@@ -378,7 +381,7 @@ func (c client) requireSynthesized(t *testing.T, err error, status int, message 
 	got, body, ok := c.inspect(err)
 	require.True(t, ok, "not the SDK's own error: %T: %v", err, err)
 	require.Equal(t, status, got)
-	require.Contains(t, body, "api_error")
+	require.Contains(t, body, map[int]string{http.StatusServiceUnavailable: "api_error", http.StatusGatewayTimeout: "timeout_error"}[status])
 	require.Contains(t, body, message)
 	header := answerOf(err).Header
 	require.Equal(t, "false", header.Get("X-Should-Retry"))

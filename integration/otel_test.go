@@ -74,7 +74,7 @@ func TestOTelSpanOfARejection(t *testing.T) {
 	above, requests := traced("request")
 	c := plain("", func(c *client) { c.layer, c.above = layer, above })
 	st := newStack(c, play(t, c.healthy))
-	require.True(t, st.Trip("api", 0))
+	require.True(t, st.Trip("api", 0, nil))
 	_, err := st.call(t, c)
 	_, ok := errors.AsType[*tripper.OpenError](err)
 	require.True(t, ok, "%T: %v", err, err)

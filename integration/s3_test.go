@@ -166,7 +166,9 @@ func TestS3LargeUpload(t *testing.T) {
 	put(&c)
 	t.Run("past the limit it has one attempt", func(t *testing.T) {
 		t.Parallel()
-		st := newStack(c, play(t, c.fault(http.StatusServiceUnavailable), c.healthy))
+		st := newStack(c, play(t, c.fault(http.StatusServiceUnavailable), c.healthy), func(tr *tripper.Transport) {
+			tr.Policy.Retry.BodyLimit = 64 << 10
+		})
 		_, err := st.call(t, c)
 		c.requireAnswer(t, err, http.StatusServiceUnavailable)
 		st.requireWire(t, 1)
@@ -176,7 +178,7 @@ func TestS3LargeUpload(t *testing.T) {
 	t.Run("below it, it recovers", func(t *testing.T) {
 		t.Parallel()
 		st := newStack(c, play(t, reset, c.fault(http.StatusServiceUnavailable), c.healthy), func(tr *tripper.Transport) {
-			tr.Policy.Retry.BodyLimit = 1 << 20
+			tr.Policy.Retry.BodyLimit = 200 << 10
 		})
 		_, err := st.call(t, c)
 		require.NoError(t, err)

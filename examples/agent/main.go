@@ -60,9 +60,9 @@ func run(ctx context.Context, out io.Writer) error {
 	transport := &tripper.Transport{
 		Base:   world.transport(),
 		Policy: policy(),
-		OnStateChange: func(c tripper.StateChange) {
+		Observers: []*tripper.Observer{{StateChange: func(c tripper.StateChange) {
 			fmt.Fprintf(out, "      %s: %s -> %s\n", c.Service, c.From, c.To)
-		},
+		}}},
 	}
 	defer transport.CloseIdleConnections()
 	client := &http.Client{Transport: transport}

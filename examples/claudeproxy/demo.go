@@ -80,7 +80,7 @@ var badDay = []step{
 // demoPolicy is the proxy's policy but for one thing, which the demonstration
 // says: a whole recovery must fit into a minute.
 func demoPolicy() tripper.Policy {
-	p := claudePolicy()
+	p := tripper.Claude()
 	p.Breaker.RecoveryTimeout = 10 * time.Second
 	return p
 }
@@ -88,9 +88,9 @@ func demoPolicy() tripper.Policy {
 // accelerate makes every time of p pass faster by the factor.
 func accelerate(p tripper.Policy, factor float64) tripper.Policy {
 	for _, d := range []*time.Duration{
-		&p.Timeout, &p.Idle,
+		&p.Timeout, &p.Idle, &p.TotalTimeout,
 		&p.Retry.MinWait, &p.Retry.MaxWait, &p.Retry.MaxRetryAfter, &p.Retry.MaxElapsed,
-		&p.Breaker.RecoveryTimeout, &p.Breaker.MaxRecoveryTimeout, &p.Breaker.Window, &p.Breaker.SlowCall,
+		&p.Breaker.RecoveryTimeout, &p.Breaker.MaxRecoveryTimeout, &p.Breaker.Window, &p.Breaker.SlowCall, &p.Breaker.MinDeadline,
 	} {
 		*d = time.Duration(float64(*d) / factor)
 	}
@@ -160,7 +160,7 @@ func (s *show) start() (stop func(), err error) {
 	}
 	s.transport = newTransport()
 	s.transport.Policy = accelerate(demoPolicy(), s.clock.speed)
-	s.transport.OnRetry, s.transport.OnStateChange = s.onRetry, s.onStateChange
+	s.transport.Observers = []*tripper.Observer{{Retry: s.onRetry, StateChange: s.onStateChange}}
 	s.client = &http.Client{Transport: http.DefaultTransport.(*http.Transport).Clone()}
 	stops = append(stops, s.transport.CloseIdleConnections, s.client.CloseIdleConnections)
 
@@ -194,7 +194,7 @@ func (s *show) introduce() {
 	s.print("The proxy's policy is tripper.Claude(): %d attempts, waits from %v to %v; the breaker opens after %d failures in a row,",
 		p.Retry.MaxAttempts, p.Retry.MinWait, p.Retry.MaxWait, p.Breaker.FailureThreshold)
 	s.print("here for %v instead of %v. Every request is also sent directly to a twin of the API, to compare.",
-		p.Breaker.RecoveryTimeout, claudePolicy().Breaker.RecoveryTimeout)
+		p.Breaker.RecoveryTimeout, tripper.Claude().Breaker.RecoveryTimeout)
 }
 
 // play sends the script's requests, each at its time, and waits for their ends.

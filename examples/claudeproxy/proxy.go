@@ -17,20 +17,11 @@ import (
 	"github.com/tripper-go/tripper"
 )
 
-// claudePolicy is tripper's own, except that it remembers any request body that
-// the API accepts (32 MB): a proxy's requests have no GetBody, and
-// conversations soon exceed the default of 64 KiB.
-func claudePolicy() tripper.Policy {
-	p := tripper.Claude()
-	p.Retry.BodyLimit = 32 << 20
-	return p
-}
-
 func newTransport() *tripper.Transport {
 	base := http.DefaultTransport.(*http.Transport).Clone()
 	base.DisableCompression = true // bodies pass as they are
 	base.MaxIdleConnsPerHost = base.MaxIdleConns
-	return &tripper.Transport{Base: base, Policy: claudePolicy()}
+	return &tripper.Transport{Base: base, Policy: tripper.Claude()}
 }
 
 const statsPath = "/debug/tripper"
@@ -42,6 +33,7 @@ func newProxy(upstream *url.URL, transport *tripper.Transport, log *slog.Logger)
 	proxy := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(upstream)
+			r.Out.Header.Del("Accept-Encoding")    // HoldStream cannot look into what is compressed
 			r.Out.URL.RawQuery = r.In.URL.RawQuery // also what net/url cannot parse: nothing here looks at it
 		},
 		Transport:     transport,

@@ -19,9 +19,11 @@ func TestTimeoutDuringAWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const limit = time.Second
 		transport := &tripper.Transport{
-			Base:    roundTripper(func(*http.Request) (*http.Response, error) { return nil, errors.New("reset") }),
-			Policy:  tripper.Policy{Service: "s"},
-			OnRetry: func(tripper.RetryEvent) { time.Sleep(limit / 2) }, // the wait was to end in time
+			Base:   roundTripper(func(*http.Request) (*http.Response, error) { return nil, errors.New("reset") }),
+			Policy: tripper.Policy{Service: "s"},
+			Observers: []*tripper.Observer{{
+				Retry: func(tripper.RetryEvent) { time.Sleep(limit / 2) }, // the wait was to end in time
+			}},
 		}
 		transport.Policy.Retry.MinWait, transport.Policy.Retry.Jitter = limit*3/4, tripper.JitterNone
 		ctx := lateContext{t.Context(), time.Now().Add(limit)}

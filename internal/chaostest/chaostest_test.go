@@ -236,7 +236,7 @@ func (w *world) build() {
 	overTLS := append(plain, Impostor, TLSPlain, TLSHangUp)
 
 	policy := tripper.Policy{
-		Retry:   tripper.RetryPolicy{MinWait: time.Millisecond, MaxWait: 8 * time.Millisecond, Replay: tripper.ReplaySafe},
+		Retry:   tripper.RetryPolicy{MinWait: time.Millisecond, MaxWait: 8 * time.Millisecond, Replay: tripper.ReplaySafe, BodyLimit: 64 << 10},
 		Breaker: tripper.BreakerPolicy{RecoveryTimeout: 20 * time.Millisecond},
 		Timeout: w.limit,
 		Idle:    w.limit,
@@ -327,14 +327,16 @@ func (w *world) dial() {
 	}
 	w.base = &base{world: w, next: wire}
 	w.transport = &tripper.Transport{
-		Base:    w.base,
-		Hosts:   make(map[string]tripper.Policy),
-		OnRetry: func(tripper.RetryEvent) { w.retriesTold.Add(1) },
-		OnStateChange: func(c tripper.StateChange) {
-			w.mu.Lock()
-			defer w.mu.Unlock()
-			w.states[c.Service] = append(w.states[c.Service], c)
-		},
+		Base:  w.base,
+		Hosts: make(map[string]tripper.Policy),
+		Observers: []*tripper.Observer{{
+			Retry: func(tripper.RetryEvent) { w.retriesTold.Add(1) },
+			StateChange: func(c tripper.StateChange) {
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				w.states[c.Service] = append(w.states[c.Service], c)
+			},
+		}},
 	}
 	for _, s := range w.services {
 		s.policy.Service = s.name
@@ -434,8 +436,9 @@ func (c *call) do() {
 	case 6:
 		client = c.hasty
 	case 7:
-		ctx = tripper.WithRetry(ctx, tripper.RetryPolicy{
-			MaxAttempts: 1 + c.rnd.IntN(4), MinWait: time.Millisecond, MaxWait: 2 * time.Millisecond, Replay: tripper.ReplaySafe,
+		attempts := 1 + c.rnd.IntN(4)
+		ctx = tripper.WithRetry(ctx, func(r *tripper.RetryPolicy) {
+			r.MaxAttempts, r.MinWait, r.MaxWait, r.Replay = attempts, time.Millisecond, 2*time.Millisecond, tripper.ReplaySafe
 		})
 	}
 	req := c.request(ctx)
@@ -648,7 +651,7 @@ func (c *call) failed(req *http.Request, err error) {
 	if several, ok := err.(*tripper.RetryError); ok {
 		s.retryErrors.Add(1)
 		about = int64(several.Attempts)
-		if about < 2 || errors.As(several.Err, &several) {
+		if about < 2 && several.Stopped == nil || errors.As(several.Err, &several) {
 			c.complain("%s: %d attempts: %v", c, about, err)
 		}
 	}
@@ -703,7 +706,7 @@ func (b *base) RoundTrip(req *http.Request) (*http.Response, error) {
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(c.text)), nil }
 	}
 	resp, err := b.next.RoundTrip(req)
-	if !c.leaves && !c.broken && (err != nil || failedStatus(resp.StatusCode)) {
+	if !c.leaves && !c.broken && (err != nil && req.Context().Err() == nil || err == nil && failedStatus(resp.StatusCode) && resp.StatusCode != http.StatusTooManyRequests) {
 		s.failures.Add(1)
 	}
 	if resp != nil && resp.Body != http.NoBody {
@@ -728,17 +731,19 @@ type openBody struct {
 	base         *base
 	call         *call
 	once, broken sync.Once
+	closed       atomic.Bool
 }
 
 func (o *openBody) Read(p []byte) (int, error) {
 	n, err := o.ReadCloser.Read(p)
-	if err != nil && err != io.EOF {
+	if err != nil && err != io.EOF || o.closed.Load() { // a limit on silence closes the body amid a Read
 		o.broken.Do(func() { o.call.service.broken.Add(1) })
 	}
 	return n, err
 }
 
 func (o *openBody) Close() error {
+	o.closed.Store(true)
 	o.once.Do(func() { o.base.open.Add(-1) })
 	return o.ReadCloser.Close()
 }

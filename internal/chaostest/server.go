@@ -157,7 +157,7 @@ func events(rnd *rand.Rand) []byte {
 	case 0:
 		return []byte(ping)
 	case 1:
-		return []byte(ping + `event: error` + "\n" + `data: {"type":"error","error":{"type":"overloaded_error"}}` + "\n\n")
+		return []byte(ping + `event: error` + "\n" + `data: {"type":"error","error":{"type":"api_error"}}` + "\n\n")
 	}
 	return []byte(ping + strings.Repeat("event: content_block_delta\ndata: {\"type\":\"content_block_delta\"}\n\n", 1+rnd.IntN(30)))
 }

@@ -3,8 +3,13 @@
 // A request body can be read only once. A Body keeps what its source gives as
 // the first attempt reads it, up to a limit, so that later attempts can read
 // the same bytes again and then go on with the rest. Nothing is read ahead: a
-// pipe streams as it would without. A source that can seek is rewound to where
-// it was handed over instead, and nothing is kept.
+// pipe streams as it would without.
+//
+// A source that is known to go back, such as a file, is rewound to where it was
+// handed over instead, and nothing is kept. Any other source that says that it
+// can seek is recorded, too, for many cannot go back. It is rewound only when it
+// turns out to be longer than what may be kept: while there still is an answer to
+// return if that fails.
 package replay
 
 import (
@@ -13,33 +18,6 @@ import (
 	"sync"
 	"time"
 )
-
-// A ReadError says that a request body could not be read: the fault is the
-// caller's, not the service's, and sending it again would fail as well.
-type ReadError struct{ Err error }
-
-// Error says what the source did.
-func (e *ReadError) Error() string { return e.Err.Error() }
-
-// Unwrap returns the source's error.
-func (e *ReadError) Unwrap() error { return e.Err }
-
-// Timeout reports whether the source timed out. (url.Error asks the error that
-// it wraps, and looks no deeper.)
-func (e *ReadError) Timeout() bool {
-	cause, ok := errors.AsType[interface {
-		error
-		Timeout() bool
-	}](e.Err)
-	return ok && cause.Timeout()
-}
-
-func asReadError(err error) error {
-	if _, ok := errors.AsType[*ReadError](err); ok {
-		return err
-	}
-	return &ReadError{err}
-}
 
 var (
 	errOver     = errors.New("tripper: read of a request body whose attempt is over")
@@ -54,39 +32,47 @@ var (
 // of a Read that hangs, as net/http's HTTP/2 demands of a body, and what the
 // Read brings in the end is there for the next attempt.
 type Body struct {
-	src   io.ReadCloser
-	seek  io.Seeker // src, if it can be rewound to start
-	start int64
-	limit int64
+	src     io.ReadCloser
+	seek    io.Seeker // src, if it can be rewound to start
+	start   int64
+	trusted bool // seek is sure to go back
+	limit   int64
+	memory  *Memory
 
-	mu      sync.Mutex // never held during a call to src
+	mu      sync.Mutex // guards the fields below and those of Attempts; never held during a call to src
 	changed sync.Cond  // something below, or in an Attempt
 	current *Attempt   // the one that may read
-	at      *Attempt   // the one whose place in the body seek is at
-	busy    bool       // src is being read
+	at      *Attempt   // the one whose place in the body seek is at; it says nothing unless rewind
+	busy    bool       // src is being read, or rewound
+	seeking bool       // it is being rewound by Next
 	kept    []byte     // what src gave so far
+	held    int64      // how many bytes of it are taken from memory
 	end     error      // what src says after kept; nil while it is not known
-	lost    bool       // kept is not all that was read: no further attempt
+	rewind  bool       // a next attempt has src rewound: nothing more is recorded
+	lost    bool       // kept is not all that was read, and rewinding is no way out: no further attempt
 	over    bool       // no further attempt will come
 	closed  bool       // src has been closed
 
 	panicked any // by src.Read
 }
 
-// New returns a Body for src, of which it keeps at most limit bytes, and its
-// first attempt. A limit below zero, or a length above it (-1 if it is not
-// known), means that there will be no further attempt.
-func New(src io.ReadCloser, length, limit int64) (*Body, *Attempt) {
-	b := &Body{src: src, limit: limit}
+// New returns a Body for src, of which it keeps at most limit bytes and no more
+// than memory has room for, and its first attempt. A limit below zero, or a
+// length above it (-1 if it is not known) of a source that cannot seek, means
+// that there will be no further attempt.
+func New(src io.ReadCloser, length, limit int64, memory *Memory) (*Body, *Attempt) {
+	b := &Body{src: src, limit: limit, memory: memory}
 	b.changed.L = &b.mu
-	if s, ok := src.(io.Seeker); ok && limit >= 0 {
-		if at, err := s.Seek(0, io.SeekCurrent); err == nil {
-			b.seek, b.start = s, at
-		}
+	if limit >= 0 {
+		b.seek, b.start, b.trusted = seeker(src)
 	}
-	b.lost = b.seek == nil && (limit < 0 || length > limit)
 	b.current = b.attempt()
-	b.at = b.current
+	switch {
+	case b.trusted:
+		b.rewind, b.at = true, b.current
+	case limit < 0, length > limit:
+		b.stopRecording()
+	}
 	return b, b.current
 }
 
@@ -94,28 +80,77 @@ func (b *Body) attempt() *Attempt {
 	return &Attempt{body: b, released: make(chan struct{})}
 }
 
-// Replayable reports whether Next would return an attempt now.
+// Replayable reports whether Next would return an attempt now, as far as can be
+// told before a source is rewound.
 func (b *Body) Replayable() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return !b.lost && !b.over
+	return !b.lost && !b.over && (!b.rewind || b.trusted || b.untouched() || b.idle())
 }
 
+// untouched reports whether src is where the next attempt wants it, because the
+// current one has not read any of it. It requires that mu is held.
+func (b *Body) untouched() bool { return b.at == b.current && !b.current.started }
+
+// idle reports whether the current attempt has let go of src, which can then be
+// rewound. It requires that mu is held.
+func (b *Body) idle() bool { return !b.busy && (b.current.free || !b.current.started) }
+
 // Next ends the attempt before and returns a new one that reads the body from
-// its beginning, or nil if that is not possible.
+// its beginning, or nil if that is not possible: the attempt before may go on
+// then.
 func (b *Body) Next() *Attempt {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.lost || b.over {
 		return nil
 	}
-	if !b.current.started {
-		b.current.release() // it will never read
+	a, before := b.attempt(), b.current
+	if b.rewind && !b.goBack(a) {
+		return nil
 	}
-	a := b.attempt()
-	a.before, b.current = b.current.released, a
+	if !before.started {
+		before.release() // it will never read
+	}
+	a.before, b.current = before.released, a
 	b.changed.Broadcast()
 	return a
+}
+
+// goBack makes src ready for the next attempt, and reports whether there can be
+// one. It requires that mu is held, but not during its call to src.
+func (b *Body) goBack(next *Attempt) bool {
+	switch {
+	case b.untouched():
+		b.at = next
+		return true
+	case !b.idle():
+		return b.trusted // the first Read of the next attempt will rewind it
+	case !b.seekStart():
+		b.lost = true
+		b.tidy()
+		return false
+	}
+	b.at, b.end = next, nil
+	b.drop()
+	return !b.over && !b.lost // they may have come meanwhile
+}
+
+// seekStart rewinds src for Next. It requires that mu is held, but not during its
+// call to src. That must not meet a Close of src, which is made up for here.
+func (b *Body) seekStart() (ok bool) {
+	b.busy, b.seeking = true, true
+	b.mu.Unlock()
+	defer func() {
+		b.mu.Lock()
+		b.busy, b.seeking = false, false
+		b.changed.Broadcast()
+		if b.unused() {
+			go b.src.Close()
+		}
+	}()
+	at, err := b.seek.Seek(b.start, io.SeekStart)
+	return err == nil && at == b.start
 }
 
 // Finish says that no further attempt will come. The source is closed as soon
@@ -131,6 +166,7 @@ func (b *Body) finish(abort bool) {
 	if abort {
 		b.current.close()
 	}
+	b.tidy()
 	unused, busy := b.unused(), b.busy
 	b.mu.Unlock()
 	switch {
@@ -144,11 +180,37 @@ func (b *Body) finish(abort bool) {
 // unused reports whether src is to be closed now, by whoever asks. It requires
 // that mu is held.
 func (b *Body) unused() bool {
-	if b.closed || !b.current.closed || !b.over && !b.lost && b.end == nil {
+	all := b.end != nil && !b.rewind // of src is kept
+	if b.closed || b.seeking || !b.current.closed || !b.over && !b.lost && !all {
 		return false
 	}
 	b.closed = true
 	return true
+}
+
+// stopRecording says that what src has given is too much to be kept. It requires
+// that mu is held, and is called on behalf of the current attempt.
+func (b *Body) stopRecording() {
+	if b.seek == nil {
+		b.lost = true
+		return
+	}
+	b.rewind, b.at = true, b.current
+}
+
+// tidy lets go of what is kept if nobody will read it any more. It requires that
+// mu is held.
+func (b *Body) tidy() {
+	if b.current.free && (b.over || b.lost || b.rewind) {
+		b.drop()
+	}
+}
+
+// drop lets go of what is kept and gives its memory back. It requires that mu is
+// held.
+func (b *Body) drop() {
+	b.memory.add(-b.held)
+	b.kept, b.held, b.current.pos = nil, 0, 0
 }
 
 const fetchSize = 32 << 10 // what io.Copy asks for
@@ -169,16 +231,29 @@ func (b *Body) fetch(by *Attempt, size int) {
 func (b *Body) fetched(by *Attempt, p []byte, err error, panicked any) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	// What has been promised to a next attempt must not be lost.
-	if b.current == by && int64(len(b.kept)+len(p)) > b.limit {
-		b.lost = true
-	}
+	b.record(by, int64(len(p)))
 	b.kept = append(b.kept, p...)
 	if err != nil {
 		b.end = b.ended(err)
 	}
 	b.busy, b.panicked = false, panicked
+	b.tidy()
 	b.changed.Broadcast()
+}
+
+// record takes the memory for n bytes more, or stops recording. The bytes are
+// the current attempt's in any case. It requires that mu is held.
+func (b *Body) record(by *Attempt, n int64) {
+	switch {
+	case b.over, n == 0:
+	case b.current != by: // they have been promised to a next attempt
+		b.memory.add(n)
+		b.held += n
+	case n > b.limit-int64(len(b.kept)), !b.memory.take(n):
+		b.stopRecording()
+	default:
+		b.held += n
+	}
 }
 
 // ended takes down an error of src and returns how a Read tells it. It requires
@@ -199,7 +274,8 @@ type Attempt struct {
 	released chan struct{}   // closed when the attempt has let go of the body
 
 	// Guarded by body.mu.
-	pos     int // in body.kept
+	pos     int   // in body.kept
+	end     error // how its reading has ended
 	started bool
 	free    bool // released is closed
 	closed  bool
@@ -232,11 +308,13 @@ func (a *Attempt) Read(p []byte) (int, error) {
 	a.started = true
 	for fetched := false; b.current == a && !a.closed; {
 		switch {
+		case a.end != nil:
+			return 0, a.end
 		case a.pos < len(b.kept), b.end != nil, fetched && !b.busy, len(p) == 0:
 			return a.take(p)
 		case b.busy:
 			b.changed.Wait()
-		case b.seek != nil, b.lost, b.over:
+		case b.rewind, b.lost, b.over:
 			return a.direct(p)
 		default:
 			b.busy, fetched = true, true
@@ -258,18 +336,19 @@ func (a *Attempt) take(p []byte) (int, error) {
 		return n, nil
 	}
 	if b.end != nil {
+		a.end = b.end
 		a.release()
 	}
-	return n, b.end
+	return n, a.end
 }
 
 // direct reads from src, of which nothing needs to be kept, once a has read all
 // that was. It requires that body.mu is held, but not during its call to src.
 func (a *Attempt) direct(p []byte) (n int, err error) {
 	b := a.body
-	b.kept, a.pos = nil, 0
+	b.drop()
 	b.busy, err = true, errPanicked
-	rewind := b.seek != nil && b.at != a
+	rewind := b.rewind && b.at != a
 	b.at = a
 	b.mu.Unlock()
 	defer func() {
@@ -278,6 +357,7 @@ func (a *Attempt) direct(p []byte) (n int, err error) {
 		b.changed.Broadcast()
 		if err != nil {
 			err = b.ended(err)
+			a.end = err
 			a.release()
 		}
 	}()
@@ -315,5 +395,6 @@ func (a *Attempt) release() {
 	if !a.free {
 		a.free = true
 		close(a.released)
+		a.body.tidy()
 	}
 }

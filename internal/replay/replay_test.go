@@ -114,7 +114,7 @@ func TestAttemptsReadTheSame(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				want := text(size)
 				src := newSource(t, wrap(bytes.NewReader(want)))
-				b, a := New(src, -1, 5000)
+				b, a := New(src, -1, 5000, nil)
 				for range 4 {
 					requireReads(t, want, a)
 					n, err := a.Read(make([]byte, 1))
@@ -135,7 +135,7 @@ func TestAttemptsReadTheSame(t *testing.T) {
 func TestNextContinuesWhereTheLastOneStopped(t *testing.T) {
 	want := text(1000)
 	src := newSource(t, bytes.NewReader(want))
-	b, a := New(src, 1000, 1000)
+	b, a := New(src, 1000, 1000, nil)
 	for _, n := range []int{0, 300, 100, 0, 999} { // more and fewer bytes than before
 		requireReadsFull(t, want[:n], a)
 		require.NoError(t, a.Close())
@@ -152,7 +152,7 @@ func TestNextContinuesWhereTheLastOneStopped(t *testing.T) {
 
 // A base may send the end of the stream together with the last bytes.
 func TestEOFComesWithTheLastBytes(t *testing.T) {
-	b, a := New(newSource(t, iotest.DataErrReader(strings.NewReader("abc"))), 3, 3)
+	b, a := New(newSource(t, iotest.DataErrReader(strings.NewReader("abc"))), 3, 3, nil)
 	for range 2 {
 		n, err := a.Read(make([]byte, 8))
 		require.Equal(t, 3, n)
@@ -163,13 +163,13 @@ func TestEOFComesWithTheLastBytes(t *testing.T) {
 
 func TestEmptyReadsTakeNothing(t *testing.T) {
 	src := newSource(t, failing{errors.New("read")})
-	b, a := New(src, -1, 10)
+	b, a := New(src, -1, 10, nil)
 	n, err := a.Read(nil)
 	require.Zero(t, n)
 	require.NoError(t, err)
 	require.NotNil(t, b.Next())
 
-	b, a = New(newSource(t, strings.NewReader("abc")), -1, 10)
+	b, a = New(newSource(t, strings.NewReader("abc")), -1, 10, nil)
 	requireReadsFull(t, []byte("ab"), a)
 	_, err = a.Read(nil)
 	require.NoError(t, err)
@@ -177,7 +177,7 @@ func TestEmptyReadsTakeNothing(t *testing.T) {
 }
 
 func TestZeroReadsArePassedOn(t *testing.T) {
-	_, a := New(newSource(t, &idler{r: strings.NewReader("abc")}), -1, 10)
+	_, a := New(newSource(t, &idler{r: strings.NewReader("abc")}), -1, 10, nil)
 	n, err := a.Read(make([]byte, 8))
 	require.Zero(t, n)
 	require.NoError(t, err)
@@ -187,7 +187,7 @@ func TestLimit(t *testing.T) {
 	for _, size := range []int{99, 100, 101, 64 << 10} {
 		want := text(size)
 		src := newSource(t, bytes.NewReader(want))
-		b, a := New(src, -1, 100)
+		b, a := New(src, -1, 100, nil)
 		require.True(t, b.Replayable())
 		requireReads(t, want, a)
 		require.NoError(t, a.Close())
@@ -208,7 +208,7 @@ func TestRecordingIsDropped(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			src := newSource(t, iotest.OneByteReader(bytes.NewReader(text(1000))))
-			b, a := New(src, -1, 100)
+			b, a := New(src, -1, 100, nil)
 			end(b, a)
 			require.NotNil(t, b.kept)
 			rest, err := io.ReadAll(a)
@@ -225,7 +225,7 @@ func TestRecordingIsDropped(t *testing.T) {
 func TestLimitExceededByTheSecondAttempt(t *testing.T) {
 	want := text(300)
 	src := newSource(t, iotest.OneByteReader(bytes.NewReader(want)))
-	b, a := New(src, -1, 200)
+	b, a := New(src, -1, 200, nil)
 	requireReadsFull(t, want[:200], a)
 	a.Close()
 	a = b.Next()
@@ -238,9 +238,9 @@ func TestLimitExceededByTheSecondAttempt(t *testing.T) {
 
 func TestLengthAboveTheLimit(t *testing.T) {
 	for name, open := range map[string]func(src io.ReadCloser) (*Body, *Attempt){
-		"length":     func(src io.ReadCloser) (*Body, *Attempt) { return New(src, 101, 100) },
-		"none kept":  func(src io.ReadCloser) (*Body, *Attempt) { return New(src, 3, -1) },
-		"and seeker": func(src io.ReadCloser) (*Body, *Attempt) { return New(seekable{src.(*source), nil}, 3, -1) },
+		"length":     func(src io.ReadCloser) (*Body, *Attempt) { return New(src, 101, 100, nil) },
+		"none kept":  func(src io.ReadCloser) (*Body, *Attempt) { return New(src, 3, -1, nil) },
+		"and seeker": func(src io.ReadCloser) (*Body, *Attempt) { return New(seekable{src.(*source), nil}, 3, -1, nil) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			src := newSource(t, strings.NewReader("abc"))
@@ -265,7 +265,7 @@ func TestLargeBodyCostsNoMemory(t *testing.T) {
 		src := newSource(t, io.LimitReader(zeros{}, size))
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		_, a := New(src, length, 64<<10)
+		_, a := New(src, length, 64<<10, nil)
 		n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, a, make([]byte, 32<<10))
 		runtime.ReadMemStats(&after)
 		require.NoError(t, err)
@@ -283,7 +283,7 @@ func TestNothingIsReadAhead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var taken atomic.Int64
 		r, w := io.Pipe()
-		b, a := New(newSource(t, r), -1, 100)
+		b, a := New(newSource(t, r), -1, 100, nil)
 		go func() {
 			for range 3 {
 				n, err := w.Write([]byte("abc"))
@@ -318,7 +318,7 @@ func TestFileIsRewoundToItsOffset(t *testing.T) {
 	for _, read := range []int{0, 1, 40_000, 199_000, 200_000} {
 		f := openFile(t, append([]byte("head"), want...), 4)
 		src := newSource(t, f)
-		b, a := New(seekable{src, f}, int64(len(want)), 100)
+		b, a := New(seekable{src, f}, int64(len(want)), 100, nil)
 		for range 3 {
 			requireReadsFull(t, want[:read], a)
 			require.NoError(t, a.Close())
@@ -339,7 +339,7 @@ func TestFileIsRewoundToItsOffset(t *testing.T) {
 func TestFileStaysOpenUntilTheLastAttemptIsClosed(t *testing.T) {
 	want := text(100_000)
 	f := openFile(t, want, 0)
-	b, a := New(f, -1, 100)
+	b, a := New(f, -1, 100, nil)
 	requireReads(t, want, a)
 	a.Close()
 	a = b.Next()
@@ -353,7 +353,7 @@ func TestFileStaysOpenUntilTheLastAttemptIsClosed(t *testing.T) {
 
 func TestFileThatCannotBeRewound(t *testing.T) {
 	f := openFile(t, []byte("abc"), 0)
-	b, a := New(f, 3, 100)
+	b, a := New(f, 3, 100, nil)
 	requireReads(t, []byte("abc"), a)
 	a.Close()
 	a = b.Next()
@@ -371,7 +371,7 @@ func TestFileThatCannotSeekIsRecorded(t *testing.T) {
 	_, err = w.WriteString("abc")
 	require.NoError(t, err)
 	w.Close()
-	b, a := New(r, -1, 100)
+	b, a := New(r, -1, 100, nil)
 	requireReads(t, []byte("abc"), a)
 	require.NoError(t, a.Close())
 	requireReads(t, []byte("abc"), b.Next())
@@ -433,9 +433,9 @@ func TestSourceIsClosedOnce(t *testing.T) {
 				var b *Body
 				var a *Attempt
 				if kind == "seeker" {
-					b, a = New(seekable{src, s}, -1, 100)
+					b, a = New(seekable{src, s}, -1, 100, nil)
 				} else {
-					b, a = New(src, -1, 100)
+					b, a = New(src, -1, 100, nil)
 				}
 				test.run(b, a)
 				src.requireClosed(1)
@@ -453,7 +453,7 @@ func TestSourceIsClosedOnce(t *testing.T) {
 // As long as an attempt has not been closed, its base may still read.
 func TestSourceIsNotClosedBeforeTheAttempt(t *testing.T) {
 	src := newSource(t, strings.NewReader("abc"))
-	b, a := New(src, -1, 100)
+	b, a := New(src, -1, 100, nil)
 	b.Finish()
 	requireReads(t, []byte("abc"), a)
 	src.requireClosed(0)
@@ -466,7 +466,7 @@ func TestSourceIsClosedOnceByManyGoroutines(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r, w := io.Pipe()
 			src := &source{t: t, Reader: r, hasty: true}
-			b, a := New(src, -1, 100)
+			b, a := New(src, -1, 100, nil)
 			a2 := b.Next()
 			for range 4 {
 				go a.Close()
@@ -486,7 +486,7 @@ func TestCloseReturnsTheSourcesError(t *testing.T) {
 	broken := errors.New("close")
 	t.Run("all read", func(t *testing.T) {
 		src := &source{t: t, Reader: strings.NewReader("abc"), closeErr: broken}
-		b, a := New(src, -1, 100)
+		b, a := New(src, -1, 100, nil)
 		requireReads(t, []byte("abc"), a)
 		require.Equal(t, broken, a.Close())
 		require.NoError(t, a.Close())
@@ -494,14 +494,14 @@ func TestCloseReturnsTheSourcesError(t *testing.T) {
 	})
 	t.Run("finished", func(t *testing.T) {
 		src := &source{t: t, Reader: strings.NewReader("abc"), closeErr: broken}
-		b, a := New(src, -1, 100)
+		b, a := New(src, -1, 100, nil)
 		b.Finish()
 		requireReads(t, []byte("abc"), a)
 		require.Equal(t, broken, a.Close())
 	})
 	t.Run("lost", func(t *testing.T) {
 		src := &source{t: t, Reader: strings.NewReader("abc"), closeErr: broken}
-		_, a := New(src, -1, 1)
+		_, a := New(src, -1, 1, nil)
 		requireReads(t, []byte("abc"), a)
 		require.Equal(t, broken, a.Close())
 	})
@@ -529,7 +529,7 @@ func TestCloseBreaksOffARead(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, _ := io.Pipe()
 				src := newSource(t, r)
-				b, a := New(src, -1, limit)
+				b, a := New(src, -1, limit, nil)
 				read := hung(a)
 				a.Close()
 				require.Error(t, (<-read).err)
@@ -540,7 +540,7 @@ func TestCloseBreaksOffARead(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, _ := io.Pipe()
 				src := newSource(t, r)
-				b, a := New(src, -1, limit)
+				b, a := New(src, -1, limit, nil)
 				read := hung(a)
 				b.Finish() // the base reads on after its RoundTrip
 				synctest.Wait()
@@ -554,7 +554,7 @@ func TestCloseBreaksOffARead(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, _ := io.Pipe()
 				src := newSource(t, r)
-				b, a := New(src, -1, limit)
+				b, a := New(src, -1, limit, nil)
 				read := hung(a)
 				b.Abort()
 				require.Error(t, (<-read).err)
@@ -571,7 +571,7 @@ func TestNextGetsWhatABrokenOffReadBrings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, w := io.Pipe()
 		src := newSource(t, r)
-		b, a := New(src, -1, 5)
+		b, a := New(src, -1, 5, nil)
 		go w.Write([]byte("abc"))
 		requireReadsFull(t, []byte("abc"), a)
 		first := hung(a)
@@ -597,7 +597,7 @@ func TestNextGetsWhatABrokenOffReadBrings(t *testing.T) {
 func TestNextBreaksOffAReadOfTheAttemptBefore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, w := io.Pipe()
-		b, a := New(newSource(t, r), -1, 3)
+		b, a := New(newSource(t, r), -1, 3, nil)
 		read := hung(a)
 		a2 := b.Next()
 		require.Equal(t, result{0, errOver}, <-read)
@@ -615,7 +615,7 @@ func TestFinishDoesNotWaitForARead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, w := io.Pipe()
 		src := &locked{ReadCloser: r}
-		b, a := New(src, -1, 100)
+		b, a := New(src, -1, 100, nil)
 		read := hung(a)
 		a.Close()
 		require.Equal(t, result{0, errOver}, <-read)
@@ -649,50 +649,49 @@ func (l *locked) Close() error {
 // no more of the body, and the next attempt gets all of it.
 func TestLateReaderDoesNoDamage(t *testing.T) {
 	want := text(20_000)
-	for _, kind := range []string{"recorded", "seeker"} {
-		t.Run(kind, func(t *testing.T) {
-			for range 20 {
-				r := bytes.NewReader(want)
-				src := newSource(t, iotest.HalfReader(r))
-				b, a := New(src, -1, int64(len(want)))
-				if kind == "seeker" {
-					b, a = New(seekable{src, r}, -1, 0)
-				}
-				var late sync.WaitGroup
-				for round := range 3 {
-					begun := make(chan struct{})
-					late.Go(func() {
-						p := make([]byte, 100)
-						for i, at := 0, min(round, 1)*1000; ; i++ {
-							n, err := a.Read(p)
-							assert.Equal(t, want[at:at+n], p[:n])
-							clear(p) // the buffer is the reader's
-							at += n
-							if i == 3 {
-								close(begun)
-							}
-							if err != nil {
-								assert.Contains(t, []error{errOver, io.EOF}, err)
-								if i < 3 {
-									close(begun)
-								}
-								return
-							}
-						}
-					})
-					<-begun
-					next := b.Next()
-					require.NotNil(t, next)
-					requireReadsFull(t, want[:1000], next)
-					late.Wait()
-					a = next
-				}
-				a = b.Next()
-				requireReads(t, want, a)
-				b.Abort()
-				src.requireClosed(1)
-			}
-		})
+	for range 20 {
+		src := newSource(t, iotest.HalfReader(bytes.NewReader(want)))
+		b, a := New(src, -1, int64(len(want)), nil)
+		testLateReader(t, want, b, a)
+		src.requireClosed(1)
+		b, a = New(io.NopCloser(bytes.NewReader(want)), -1, 0, nil)
+		testLateReader(t, want, b, a)
+	}
+}
+
+func testLateReader(t *testing.T, want []byte, b *Body, a *Attempt) {
+	var late sync.WaitGroup
+	for round := range 3 {
+		begun := make(chan struct{})
+		late.Go(func() { readLate(t, a, want, min(round, 1)*1000, begun) })
+		<-begun
+		next := b.Next()
+		require.NotNil(t, next)
+		requireReadsFull(t, want[:1000], next)
+		late.Wait()
+		a = next
+	}
+	requireReads(t, want, b.Next())
+	b.Abort()
+}
+
+// readLate reads a from the offset at until it ends, and closes begun amid that.
+func readLate(t *testing.T, a *Attempt, want []byte, at int, begun chan struct{}) {
+	var once sync.Once
+	defer once.Do(func() { close(begun) })
+	p := make([]byte, 100)
+	for i := 0; ; i++ {
+		n, err := a.Read(p)
+		assert.Equal(t, want[at:at+n], p[:n])
+		clear(p) // the buffer is the reader's
+		at += n
+		if i == 3 {
+			once.Do(func() { close(begun) })
+		}
+		if err != nil {
+			assert.Contains(t, []error{errOver, io.EOF}, err)
+			return
+		}
 	}
 }
 
@@ -710,15 +709,13 @@ func TestWait(t *testing.T) {
 		"done":         {func(a *Attempt) { a.Read(make([]byte, 1)) }, time.Second, time.Second},
 		"closes later": {func(a *Attempt) { a.Read(make([]byte, 1)); time.AfterFunc(2*time.Second, func() { a.Close() }) }, 0, 2 * time.Second},
 	} {
-		for _, kind := range []string{"recorded", "seeker"} {
+		for kind, open := range map[string]func() io.ReadCloser{
+			"recorded": func() io.ReadCloser { return newSource(t, strings.NewReader("abc")) },
+			"trusted":  func() io.ReadCloser { return io.NopCloser(strings.NewReader("abc")) },
+		} {
 			t.Run(name+"/"+kind, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					r := strings.NewReader("abc")
-					src := newSource(t, r)
-					b, a := New(src, -1, 100)
-					if kind == "seeker" {
-						b, a = New(seekable{src, r}, -1, 100)
-					}
+					b, a := New(open(), -1, 100, nil)
 					test.before(a)
 					ctx := t.Context()
 					if test.done > 0 {
@@ -741,7 +738,7 @@ func TestWait(t *testing.T) {
 func TestReadError(t *testing.T) {
 	broken := errors.New("broken")
 	src := newSource(t, io.MultiReader(strings.NewReader("abc"), failing{broken}))
-	b, a := New(src, -1, 100)
+	b, a := New(src, -1, 100, nil)
 	got, err := io.ReadAll(a)
 	require.Equal(t, "abc", string(got))
 	require.IsType(t, (*ReadError)(nil), err)
@@ -760,7 +757,7 @@ func TestReadErrorAfterNext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		broken := errors.New("broken")
 		r, w := io.Pipe()
-		b, a := New(newSource(t, r), -1, 100)
+		b, a := New(newSource(t, r), -1, 100, nil)
 		go w.Write([]byte("abc"))
 		requireReadsFull(t, []byte("abc"), a)
 		hung(a)
@@ -776,7 +773,7 @@ func TestReadErrorAfterNext(t *testing.T) {
 
 func TestReadErrorIsNotWrappedTwice(t *testing.T) {
 	inner := &ReadError{errors.New("broken")}
-	_, a := New(newSource(t, failing{inner}), -1, 100)
+	_, a := New(newSource(t, failing{inner}), -1, 100, nil)
 	_, err := a.Read(make([]byte, 1))
 	require.Same(t, inner, err)
 }
@@ -794,7 +791,7 @@ func (f readFunc) Read(p []byte) (int, error) { return f(p) }
 func TestPanicOfTheSource(t *testing.T) {
 	for _, limit := range []int64{100, -1} {
 		src := newSource(t, readFunc(func([]byte) (int, error) { panic("read") }))
-		b, a := New(src, -1, limit)
+		b, a := New(src, -1, limit, nil)
 		require.PanicsWithValue(t, "read", func() { a.Read(make([]byte, 1)) })
 		require.Nil(t, b.Next())
 		b.Abort()
@@ -804,7 +801,7 @@ func TestPanicOfTheSource(t *testing.T) {
 
 func TestGoexitOfTheSource(t *testing.T) {
 	src := newSource(t, readFunc(func([]byte) (int, error) { runtime.Goexit(); return 0, nil }))
-	b, a := New(src, -1, 100)
+	b, a := New(src, -1, 100, nil)
 	_, err := a.Read(make([]byte, 1))
 	require.ErrorIs(t, err, errPanicked)
 	b.Abort()
@@ -825,7 +822,7 @@ func TestHTTP2StreamIsResetWhileTheBodyHangs(t *testing.T) {
 	r, w := io.Pipe()
 	go w.Write([]byte("abc")) // and no more
 	src := newSource(t, r)
-	b, a := New(src, -1, 100)
+	b, a := New(src, -1, 100, nil)
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, srv.URL, a)
 	require.NoError(t, err)
 	_, err = srv.Client().Transport.RoundTrip(req)
@@ -835,48 +832,80 @@ func TestHTTP2StreamIsResetWhileTheBodyHangs(t *testing.T) {
 	require.Eventually(t, func() bool { return src.closes.Load() == 1 }, 20*time.Second, time.Millisecond)
 }
 
+// Kinds of sources.
+const (
+	plain   = iota
+	seeks   // says that it can seek
+	trusted // is known to
+)
+
 // replayRandomly sends a body of size bytes through attempts that end at random
 // places, and compares what they get. The decisions follow from seed.
-func replayRandomly(t *testing.T, seed uint64, size, limit int64, seeks bool) {
+func replayRandomly(t *testing.T, seed uint64, size, limit int64, kind int) {
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	want := text(int(size))
 	file := bytes.NewReader(want)
 	src := newSource(t, chunks(rnd, file))
-	b, a := New(src, -1, limit)
-	if seeks {
-		b, a = New(seekable{src, file}, -1, limit)
-	} else if rnd.IntN(2) == 0 {
-		src.Reader = iotest.DataErrReader(src.Reader)
+	var body io.ReadCloser = src
+	switch kind {
+	case seeks:
+		body = seekable{src, file}
+	case trusted:
+		body = io.NopCloser(file)
+	case plain:
+		if rnd.IntN(2) == 0 {
+			src.Reader = iotest.DataErrReader(src.Reader)
+		}
 	}
-	reached, attempts := 0, 1 // by any attempt
-	for closed := false; ; attempts++ {
-		at, stop := 0, rnd.IntN(len(want)+len(want)/4+2)
-		var err error
-		for at < stop && err == nil {
-			p := make([]byte, rnd.IntN(2000))
-			var n int
-			n, err = a.Read(p)
-			require.True(t, bytes.Equal(want[at:at+n], p[:n]), "bytes %d to %d", at, at+n)
-			at += n
-		}
-		reached = max(reached, at)
-		if err != nil {
-			require.Equal(t, io.EOF, err)
-			require.Equal(t, len(want), at)
-		}
-		if closed = rnd.IntN(2) == 0; closed {
+	memory := &Memory{Limit: size}
+	b, a := New(body, -1, limit, memory)
+	reached := 0 // by any attempt
+	for range 20 {
+		n, ended := readRandomly(t, rnd, a, want)
+		reached = max(reached, n)
+		closed := rnd.IntN(2) == 0
+		if closed {
 			require.NoError(t, a.Close())
 		}
+		recorded := reached <= int(limit)
+		can := recorded || kind == trusted || kind == seeks && (closed || ended || !a.started)
+		require.Equal(t, can, b.Replayable(), "reached %d", reached)
 		next := b.Next()
-		require.Equal(t, seeks || reached <= int(limit), next != nil, "reached %d", reached)
-		if next == nil || attempts > 20 {
+		require.Equal(t, can, next != nil, "reached %d", reached)
+		if next == nil && kind == seeks {
+			require.NoError(t, a.Close())
+			next = b.Next()
+			require.NotNil(t, next, "it has let go now")
+		}
+		if next == nil {
 			break
 		}
 		a = next
 	}
 	b.Finish()
 	b.Abort()
-	src.requireClosed(1)
+	require.Zero(t, memory.Used())
+	if kind != trusted {
+		src.requireClosed(1)
+	}
+}
+
+// readRandomly reads a up to some place, and returns how far it got and whether
+// that was the end.
+func readRandomly(t *testing.T, rnd *rand.Rand, a *Attempt, want []byte) (at int, ended bool) {
+	stop := rnd.IntN(len(want) + len(want)/4 + 2)
+	for at < stop {
+		p := make([]byte, rnd.IntN(2000))
+		n, err := a.Read(p)
+		require.True(t, bytes.Equal(want[at:at+n], p[:n]), "bytes %d to %d", at, at+n)
+		at += n
+		if err != nil {
+			require.Equal(t, io.EOF, err)
+			require.Equal(t, len(want), at)
+			return at, true
+		}
+	}
+	return at, false
 }
 
 // chunks returns what r has in pieces of random sizes, some of them empty.
@@ -889,15 +918,16 @@ func TestRandomAttempts(t *testing.T) {
 	for seed := range uint64(600) {
 		size := []int64{0, 1, 100, 10_000}[seed%4]
 		limit := []int64{size, size - 1, size / 2, 3, 0}[seed%5]
-		replayRandomly(t, seed, size, max(0, limit), seed%3 == 0)
+		replayRandomly(t, seed, size, max(0, limit), int(seed%3))
 	}
 }
 
 func FuzzReplay(f *testing.F) {
-	f.Add(uint64(1), uint16(1000), uint16(1000), false)
-	f.Add(uint64(2), uint16(1000), uint16(999), false)
-	f.Add(uint64(3), uint16(1000), uint16(0), true)
-	f.Fuzz(func(t *testing.T, seed uint64, size, limit uint16, seeks bool) {
-		replayRandomly(t, seed, int64(size), int64(limit), seeks)
+	f.Add(uint64(1), uint16(1000), uint16(1000), byte(plain))
+	f.Add(uint64(2), uint16(1000), uint16(999), byte(plain))
+	f.Add(uint64(3), uint16(1000), uint16(0), byte(seeks))
+	f.Add(uint64(4), uint16(1000), uint16(0), byte(trusted))
+	f.Fuzz(func(t *testing.T, seed uint64, size, limit uint16, kind byte) {
+		replayRandomly(t, seed, int64(size), int64(limit), int(kind%3))
 	})
 }

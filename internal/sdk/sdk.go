@@ -29,17 +29,13 @@ func MarkFinal(resp *http.Response) {
 	resp.Header.Set("X-Should-Retry", "false")
 }
 
-// Answer returns a final response to req where there is none, 503 or, after a
-// timeout, 504. Its body has the shape of the APIs' own errors. A wait above
-// zero is said in Retry-After, in whole seconds.
-func Answer(req *http.Request, timeout bool, wait time.Duration, message string) *http.Response {
-	status := http.StatusServiceUnavailable
-	if timeout {
-		status = http.StatusGatewayTimeout
-	}
+// Answer returns a final response to req where there is none. Its body has the
+// shape of the APIs' own errors. A wait above zero is said in Retry-After, in
+// whole seconds.
+func Answer(req *http.Request, status int, wait time.Duration, message string) *http.Response {
 	body, _ := json.Marshal(map[string]any{ // strings marshal without an error
 		"type":  "error",
-		"error": map[string]string{"type": "api_error", "message": message},
+		"error": map[string]string{"type": errorType(status), "message": message},
 	})
 	resp := &http.Response{
 		Status: fmt.Sprintf("%d %s", status, http.StatusText(status)), StatusCode: status,
@@ -54,4 +50,18 @@ func Answer(req *http.Request, timeout bool, wait time.Duration, message string)
 	}
 	MarkFinal(resp)
 	return resp
+}
+
+// errorType is what the Claude API calls an error with this status
+// (https://docs.anthropic.com/en/api/errors).
+func errorType(status int) string {
+	switch status {
+	case http.StatusTooManyRequests:
+		return "rate_limit_error"
+	case http.StatusGatewayTimeout, http.StatusRequestTimeout:
+		return "timeout_error"
+	case 529:
+		return "overloaded_error"
+	}
+	return "api_error"
 }

@@ -38,18 +38,21 @@ func TestMarkFinal(t *testing.T) {
 func TestAnswer(t *testing.T) {
 	const message = `it said "no"`
 	for _, test := range []struct {
-		timeout    bool
+		code       int
 		wait       time.Duration
 		status     string
+		kind       string
 		retryAfter string
 	}{
-		{false, 0, "503 Service Unavailable", ""},
-		{true, 0, "504 Gateway Timeout", ""},
-		{false, 1500 * time.Millisecond, "503 Service Unavailable", "2"},
-		{false, time.Minute, "503 Service Unavailable", "60"},
+		{503, 0, "503 Service Unavailable", "api_error", ""},
+		{503, 1500 * time.Millisecond, "503 Service Unavailable", "api_error", "2"},
+		{503, time.Minute, "503 Service Unavailable", "api_error", "60"},
+		{504, 0, "504 Gateway Timeout", "timeout_error", ""},
+		{429, time.Millisecond, "429 Too Many Requests", "rate_limit_error", "1"},
 	} {
 		req := request(t, "0")
-		resp := Answer(req, test.timeout, test.wait, message)
+		resp := Answer(req, test.code, test.wait, message)
+		assert.Equal(t, test.code, resp.StatusCode)
 		assert.Equal(t, test.status, resp.Status)
 		assert.Same(t, req, resp.Request)
 		assert.Equal(t, "false", resp.Header.Get("X-Should-Retry"))
@@ -60,7 +63,7 @@ func TestAnswer(t *testing.T) {
 		}
 		require.NoError(t, json.NewDecoder(resp.Body).Decode(&body))
 		assert.Equal(t, "error", body.Type)
-		assert.Equal(t, "api_error", body.Error.Type)
+		assert.Equal(t, test.kind, body.Error.Type)
 		assert.Equal(t, message, body.Error.Message)
 	}
 }

@@ -4,29 +4,32 @@
 package sse
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"io"
-	"mime"
 	"net/http"
+	"strings"
+	"sync/atomic"
 )
 
-// A Transport holds back each text/event-stream that Base answers with until
-// its first real event: one that has data and is no ping. If the stream ends,
-// breaks off or reports a passing error before that, the attempt has failed.
-// Afterwards the stream flows as it comes.
+// A Transport is a RoundTripper that passes what Base answers through Hold.
 type Transport struct {
 	Base http.RoundTripper
+}
+
+// RoundTrip returns a *Failure for a stream that died early.
+func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := t.Base.RoundTrip(req)
+	if err != nil || resp == nil {
+		return resp, err
+	}
+	return Hold(req, resp)
 }
 
 // A Failure is the error of an attempt whose stream died early. Whoever has it
 // last either returns or closes the response.
 type Failure struct {
 	Response *http.Response // as it came; reading its body meets what happened
-	Err      error
+	Err      error          // an *EventError, io.ErrUnexpectedEOF if there was no event, or what the read said
 }
 
 // Error says why the stream failed.
@@ -40,41 +43,56 @@ func (f *Failure) Unwrap() error { return f.Err }
 // maxHeld bounds what is held back; a longer beginning counts as an event.
 const maxHeld = 64 << 10
 
-// RoundTrip returns a *Failure for a stream that died early.
-func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
-	resp, err := t.Base.RoundTrip(req)
-	if err != nil || !isEventStream(resp) {
-		return resp, err
+// Hold holds back a response to req that is an event stream until its first
+// real event: one that has data and is no ping. If the stream ends, breaks off
+// or reports an error that a retry may cure before that, the attempt has failed:
+// Hold returns a *Failure. Other streams flow as they come from then on, with a
+// *Body for their body. Other responses are returned as they are.
+func Hold(req *http.Request, resp *http.Response) (*http.Response, error) {
+	if req.Method == http.MethodHead || !isEventStream(resp) {
+		return resp, nil
+	}
+	if resp.Body == nil || resp.Body == http.NoBody {
+		resp.Body = http.NoBody
+		return nil, &Failure{resp, io.ErrUnexpectedEOF}
 	}
 	b := &Body{rc: resp.Body}
+	looked := false
+	defer func() {
+		if !looked { // a Read has panicked or called Goexit
+			b.Close()
+		}
+	}()
 	failure := b.hold()
+	looked = true
 	if failure == nil {
 		resp.Body = b
 		return resp, nil
 	}
-	if req.Context().Err() != nil {
-		resp.Body.Close()
-		return nil, context.Cause(req.Context())
+	if ctx := req.Context(); ctx.Err() != nil {
+		b.Close()
+		return nil, context.Cause(ctx)
 	}
 	resp.Body = b
 	return nil, &Failure{resp, failure}
 }
 
 func isEventStream(resp *http.Response) bool {
-	if resp == nil || resp.StatusCode != http.StatusOK || resp.Body == nil || resp.Body == http.NoBody ||
-		resp.Header.Get("Content-Encoding") != "" {
+	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Encoding") != "" {
 		return false
 	}
-	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
-	return kind == "text/event-stream"
+	kind, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	return strings.EqualFold(strings.TrimSpace(kind), "text/event-stream")
 }
 
-// A Body is an event stream whose beginning has been looked at.
+// A Body is an event stream whose beginning has been looked at. Failed and Close
+// may be called beside a Read: what the other fields hold belongs to Read.
 type Body struct {
 	rc     io.ReadCloser
 	held   []byte // read but not given out
 	err    error  // that comes after held
 	parser parser
+	failed atomic.Pointer[EventError] // the parser's, for Failed
 }
 
 // hold reads up to the first real event, and returns why there is none.
@@ -83,11 +101,11 @@ func (b *Body) hold() error {
 	for len(b.held) < maxHeld {
 		n, err := b.rc.Read(chunk)
 		b.held = append(b.held, chunk[:n]...)
-		b.parser.feed(chunk[:n])
+		b.feed(chunk[:n])
 		b.err = err
 		switch {
-		case b.parser.passing:
-			return b.parser.failed
+		case b.parser.early != nil && curable(b.parser.early.Status):
+			return b.parser.early
 		case b.parser.begun:
 			return nil
 		case err == io.EOF:
@@ -99,8 +117,21 @@ func (b *Body) hold() error {
 	return nil
 }
 
-// Failed returns the error event that the stream has had so far, or nil.
-func (b *Body) Failed() error { return b.parser.failed }
+func (b *Body) feed(chunk []byte) {
+	b.parser.feed(chunk)
+	if b.parser.failed != nil {
+		b.failed.Store(b.parser.failed)
+	}
+}
+
+// curable reports whether a retry may cure an error with this status.
+func curable(status int) bool {
+	return status == http.StatusRequestTimeout || status == http.StatusTooManyRequests ||
+		status >= 500 && status <= 599
+}
+
+// Failed returns the first error event that has been read so far, or nil.
+func (b *Body) Failed() *EventError { return b.failed.Load() }
 
 // Read gives what was held, and then what comes.
 func (b *Body) Read(p []byte) (int, error) {
@@ -115,99 +146,9 @@ func (b *Body) Read(p []byte) (int, error) {
 		return 0, b.err
 	}
 	n, err := b.rc.Read(p)
-	b.parser.feed(p[:n])
+	b.feed(p[:n])
 	return n, err
 }
 
 // Close closes the stream.
 func (b *Body) Close() error { return b.rc.Close() }
-
-// A parser follows a stream of events line by line, whatever pieces it comes
-// in. It keeps only the first bytes of a line and of an event's data.
-type parser struct {
-	line    []byte
-	started bool // past a byte order mark
-	wasCR   bool // the last line ended in one: a line feed belongs to it
-
-	event   string
-	data    []byte
-	hasData bool
-
-	begun   bool  // there was a real event
-	failed  error // the first error event
-	passing bool  // it was the first event of all, and a retry may cure it
-}
-
-const maxKept = 4 << 10 // of a line, and of an event's data
-
-// feed takes the next bytes.
-func (p *parser) feed(chunk []byte) {
-	for len(chunk) > 0 {
-		if p.wasCR && chunk[0] == '\n' {
-			chunk = chunk[1:]
-		}
-		p.wasCR = false
-		end := bytes.IndexAny(chunk, "\r\n")
-		if end < 0 {
-			p.keep(chunk)
-			return
-		}
-		p.keep(chunk[:end])
-		p.wasCR = chunk[end] == '\r'
-		chunk = chunk[end+1:]
-		p.endLine()
-	}
-}
-
-func (p *parser) keep(part []byte) {
-	p.line = append(p.line, part[:min(len(part), maxKept-len(p.line))]...)
-}
-
-func (p *parser) endLine() {
-	line := p.line
-	p.line = p.line[:0]
-	if !p.started {
-		line, p.started = bytes.TrimPrefix(line, []byte("\ufeff")), true
-	}
-	if len(line) == 0 {
-		p.dispatch()
-		return
-	}
-	field, value, _ := bytes.Cut(line, []byte(":"))
-	value = bytes.TrimPrefix(value, []byte(" "))
-	switch string(field) {
-	case "event":
-		p.event = string(value)
-	case "data":
-		p.hasData = true
-		p.data = append(p.data, value[:min(len(value), maxKept-len(p.data))]...)
-	}
-}
-
-// dispatch ends an event. One without data is none, says the format.
-func (p *parser) dispatch() {
-	if p.hasData && p.event != "ping" {
-		if p.event == "error" && p.failed == nil {
-			p.fail()
-		}
-		p.begun = true
-	}
-	p.event, p.data, p.hasData = "", p.data[:0], false
-}
-
-// fail notes an error event. The types are those of the Claude API,
-// https://docs.anthropic.com/en/api/errors.
-func (p *parser) fail() {
-	var report struct {
-		Error struct{ Type string }
-	}
-	p.failed = errors.New("error event")
-	if json.Unmarshal(p.data, &report) != nil || report.Error.Type == "" {
-		return
-	}
-	switch report.Error.Type {
-	case "overloaded_error", "rate_limit_error", "api_error", "timeout_error":
-		p.passing = !p.begun
-	}
-	p.failed = fmt.Errorf("error event: %.40q", report.Error.Type)
-}

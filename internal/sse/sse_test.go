@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/http/httptest"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -64,6 +66,10 @@ func TestBeginnings(t *testing.T) {
 		{"event and an error in one piece", first + overloaded, nil, ""},
 		{"error that no retry cures", invalid, nil, ""},
 		{"error that is no JSON", "event: error\ndata: oops\n\n", nil, ""},
+		{"error without a name that no retry cures", "data: {\"error\":{\"type\":\"invalid_request_error\"}}\n\n", nil, ""},
+		{"passing error without a name", "data: {\"error\":{\"type\":\"server_error\"}}\n\ndata: [DONE]\n\n", nil, `error event: "server_error"`},
+		{"passing error over several lines", "data: {\"error\":\ndata: {\"code\":503}}\n\n", nil, "error event"},
+		{"only the last event", "data: [DONE]\n\n", nil, ""},
 		{"very long event", "data: " + strings.Repeat("x", 2*maxHeld), nil, ""},
 		{"nothing", "", nil, "unexpected EOF"},
 		{"only pings", ping + ping, nil, "unexpected EOF"},
@@ -115,10 +121,10 @@ func TestLaterErrorEvent(t *testing.T) {
 		resp, err := roundTrip(t, io.NopCloser(iotest.OneByteReader(strings.NewReader(first+ping+event))), eventStream())
 		require.NoError(t, err)
 		body := resp.Body.(*Body)
-		assert.NoError(t, body.Failed())
+		assert.Nil(t, body.Failed())
 		_, err = io.ReadAll(body)
 		require.NoError(t, err)
-		assert.Error(t, body.Failed())
+		assert.NotNil(t, body.Failed())
 	}
 }
 
@@ -186,10 +192,121 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
+func TestFailedTellsOfAnErrorThatPassed(t *testing.T) {
+	resp, err := roundTrip(t, io.NopCloser(strings.NewReader(invalid)), eventStream())
+	require.NoError(t, err)
+	assert.Equal(t, &EventError{"invalid_request_error", 400}, resp.Body.(*Body).Failed())
+}
+
+// The other methods may be called while a Read is under way.
+func TestFailedAndCloseBesideRead(t *testing.T) {
+	r, w := io.Pipe()
+	go func() { _, _ = io.WriteString(w, first) }()
+	resp, err := roundTrip(t, r, eventStream())
+	require.NoError(t, err)
+	body := resp.Body.(*Body)
+	ended := make(chan error)
+	go func() {
+		_, err := io.Copy(io.Discard, body)
+		ended <- err
+	}()
+	go func() { _, _ = io.WriteString(w, overloaded) }()
+	for body.Failed() == nil {
+		runtime.Gosched()
+	}
+	require.NoError(t, body.Close())
+	assert.Equal(t, io.ErrClosedPipe, <-ended)
+	assert.Equal(t, 529, body.Failed().Status)
+}
+
+func TestHeadIsNotHeld(t *testing.T) {
+	resp := &http.Response{StatusCode: http.StatusOK, Header: eventStream(), Body: http.NoBody}
+	got, err := Hold(&http.Request{Method: http.MethodHead}, resp)
+	require.NoError(t, err)
+	assert.Same(t, resp, got)
+	assert.Equal(t, http.NoBody, got.Body)
+}
+
+func TestOnlyStatus200IsHeld(t *testing.T) {
+	for _, status := range []int{201, 204, 400, 503} {
+		resp := &http.Response{StatusCode: status, Header: eventStream(), Body: http.NoBody}
+		got, err := Hold(&http.Request{}, resp)
+		require.NoError(t, err)
+		assert.Same(t, resp, got)
+	}
+}
+
+func TestEmptyStreamHasFailed(t *testing.T) {
+	for _, body := range []io.ReadCloser{nil, http.NoBody} {
+		resp := &http.Response{StatusCode: http.StatusOK, Header: eventStream(), Body: body}
+		_, err := Hold(&http.Request{}, resp)
+		var failure *Failure
+		require.ErrorAs(t, err, &failure)
+		assert.Same(t, resp, failure.Response)
+		assert.Equal(t, http.NoBody, resp.Body)
+		assert.Equal(t, io.ErrUnexpectedEOF, failure.Err)
+	}
+}
+
+func TestOnTheWire(t *testing.T) {
+	handlers := map[string]struct {
+		handler http.HandlerFunc
+		failed  bool // for GET
+	}{
+		"length 0":     {func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Content-Length", "0") }, true},
+		"flushed":      {func(w http.ResponseWriter, _ *http.Request) { w.(http.Flusher).Flush() }, true},
+		"returns":      {func(http.ResponseWriter, *http.Request) {}, true},
+		"has an event": {func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, first) }, false},
+	}
+	for name, test := range handlers {
+		for _, h2 := range []bool{false, true} {
+			srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Type", "text/event-stream")
+				test.handler(w, r)
+			}))
+			srv.EnableHTTP2 = h2
+			srv.StartTLS()
+			defer srv.Close()
+			client := &http.Client{Transport: &Transport{Base: srv.Client().Transport}}
+			resp, err := client.Get(srv.URL)
+			var failure *Failure
+			if assert.Equal(t, test.failed, errors.As(err, &failure), "%s, HTTP/2: %v", name, h2); failure != nil {
+				resp = failure.Response
+			}
+			resp.Body.Close()
+			resp, err = client.Head(srv.URL)
+			require.NoError(t, err)
+			resp.Body.Close()
+		}
+	}
+}
+
+func TestAbruptEndOfTheHold(t *testing.T) {
+	for name, end := range map[string]func(){
+		"panic":  func() { panic("read") },
+		"Goexit": runtime.Goexit,
+	} {
+		t.Run(name, func(t *testing.T) {
+			body := &closeCounter{Reader: readerFunc(func([]byte) (int, error) { end(); return 0, nil })}
+			resp := &http.Response{StatusCode: http.StatusOK, Header: eventStream(), Body: body}
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://api.example.com/", nil)
+			require.NoError(t, err)
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				defer func() { _ = recover() }()
+				_, _ = Hold(req, resp)
+			}()
+			<-done
+			assert.Equal(t, 1, body.closed)
+		})
+	}
+}
+
 // Whatever comes in whatever pieces, what the parser concludes is the same,
 // and it keeps only a little.
 func FuzzParser(f *testing.F) {
-	for _, seed := range []string{first, ping, overloaded, invalid, "\ufeffdata\r\r\n\n", "data:\n\n", strings.Repeat("x", 9000) + "\n"} {
+	for _, seed := range []string{first, ping, overloaded, invalid, "data: {\"error\":{\"code\":503}}\n\n", "\ufeffdata\r\r\n\n", "data:\n\n", strings.Repeat("x", 9000) + "\n"} {
 		f.Add([]byte(seed), uint8(3))
 	}
 	f.Fuzz(func(t *testing.T, stream []byte, size uint8) {
@@ -201,7 +318,7 @@ func FuzzParser(f *testing.F) {
 			rest = rest[n:]
 		}
 		assert.Equal(t, whole.begun, cut.begun)
-		assert.Equal(t, whole.passing, cut.passing)
+		assert.Equal(t, whole.early, cut.early)
 		assert.Equal(t, whole.failed, cut.failed)
 		assert.LessOrEqual(t, len(cut.line), maxKept)
 		assert.LessOrEqual(t, len(cut.data), maxKept)

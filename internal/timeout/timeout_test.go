@@ -93,10 +93,32 @@ func TestHeadersLimit(t *testing.T) {
 				require.Equal(t, limit, time.Since(start))
 				require.Nil(t, resp)
 				requireExceeded(t, err, "tripper: no response headers within 30s")
+				require.Equal(t, &Exceeded{"no response headers", limit}, err)
 				require.NoError(t, ctx.Err(), "the caller's context")
 			})
 		})
 	}
+}
+
+func TestNoLimits(t *testing.T) {
+	req := newRequest(t.Context(), t)
+	want := response(strings.NewReader("abc"))
+	base := baseFunc(func(r *http.Request) (*http.Response, error) {
+		require.Same(t, req, r)
+		return want, nil
+	})
+	resp, err := (&Transport{Base: base}).RoundTrip(req)
+	require.NoError(t, err)
+	require.Same(t, want, resp)
+
+	refused := errors.New("refused")
+	resp, err = (&Transport{Base: base, Hold: func(r *http.Request, resp *http.Response) (*http.Response, error) {
+		require.Same(t, req, r)
+		require.Same(t, want, resp)
+		return nil, refused
+	}}).RoundTrip(req)
+	require.Nil(t, resp)
+	require.Equal(t, refused, err)
 }
 
 func TestNoHeadersLimit(t *testing.T) {
@@ -310,7 +332,8 @@ func roundTripMarked(parent context.Context, t *testing.T, base baseFunc, read b
 		switch {
 		case err != nil:
 		case read:
-			_, _ = io.ReadAll(resp.Body) // but not closed
+			_, _ = io.ReadAll(resp.Body)
+			resp.Body.Close()
 		default:
 			resp.Body.Close()
 		}
@@ -340,7 +363,7 @@ func TestIdleLimit(t *testing.T) {
 		require.Equal(t, limit, time.Since(start))
 		require.Zero(t, n)
 		requireExceeded(t, err, "tripper: nothing of the response body within 30s")
-		require.Error(t, sent.Err())
+		require.Equal(t, err, context.Cause(sent))
 		_, again := resp.Body.Read(p)
 		require.Equal(t, err, again)
 		require.NoError(t, resp.Body.Close())
@@ -470,6 +493,8 @@ func TestContextLivesUntilTheBodyIsClosed(t *testing.T) {
 		})}), nil
 	})}
 	resp, err := tr.RoundTrip(newRequest(t.Context(), t))
+	require.NoError(t, err)
+	_, err = io.ReadAll(resp.Body)
 	require.NoError(t, err)
 	require.NoError(t, sent.Err())
 	require.Equal(t, broken, resp.Body.Close())
