@@ -127,8 +127,9 @@ var (
 )
 
 // attempt sends req to the service s, under the policy p, if the breaker admits
-// it. The life of s goes on for as long.
-func (st *state) attempt(s *service, p *policy, req *http.Request, r *result) {
+// it, and reports whether it did. The life of s goes on for as long. Whoever calls
+// it counts the attempt, and its success if r says that it went well.
+func (st *state) attempt(s *service, p *policy, req *http.Request, r *result) (admitted bool) {
 	pass, ok := s.breaker.Pass()
 	if !ok {
 		var no *circuit.Rejection
@@ -136,13 +137,12 @@ func (st *state) attempt(s *service, p *policy, req *http.Request, r *result) {
 			closeBody(req)
 			st.logRejection(s, no)
 			r.err = (*OpenError)(no)
-			return
+			return false
 		}
 	}
-	s.counts.attempts.Add(1)
 	a := attempt{state: st, service: s, policy: p, req: req, pass: pass}
 	defer a.settleAnyhow(r)
-	if pass.Probe {
+	if pass.Probe || !ok && s.policy.Load().circuit.Off() { // Admit may have changed the state
 		st.deliver(s)
 	}
 	a.start = p.clock(req, &st.tell)
@@ -150,13 +150,14 @@ func (st *state) attempt(s *service, p *policy, req *http.Request, r *result) {
 	a.returned = true
 	if err == nil && resp != nil && resp.StatusCode < 400 && p.plain {
 		a.resp, r.resp = resp, resp
-		a.succeed()
+		a.succeed(r)
 	} else {
 		r.judge(req, resp, err)
 		a.resp = r.answer()
 		a.settle(r)
 	}
 	a.done = true
+	return true
 }
 
 // clock returns the time if anybody will ask how long an attempt took.
@@ -199,7 +200,7 @@ func (a *attempt) settleAnyhow(r *result) {
 
 // succeed settles a successful attempt, or has the end of its response body do
 // that. A probe's answer counts at once.
-func (a *attempt) succeed() {
+func (a *attempt) succeed(r *result) {
 	s, probe := a.service, a.pass.Probe
 	switch {
 	case streams(a.resp):
@@ -207,9 +208,14 @@ func (a *attempt) succeed() {
 			a.pass = s.breaker.Answer(a.pass, a.req.Context(), time.Now())
 		}
 		s.life.Begin() // for the body; the attempt's own use goes on, so that it succeeds
-		a.resp.Body = &body{ReadCloser: a.resp.Body, req: a.req, state: a.state, service: s, pass: a.pass}
+		s.counts.bodies.Add(1)
+		b := &body{ReadCloser: a.resp.Body, req: a.req, state: a.state, service: s, pass: a.pass}
+		if !a.start.IsZero() {
+			b.excused.Store(a.hurried())
+		}
+		a.resp.Body = b
 	case s.breaker.Indifferent(a.pass):
-		s.counts.successes.Add(1)
+		r.well = true
 	default:
 		s.settle(a.pass, circuit.Verdict{Context: a.req.Context(), Outcome: circuit.Success, Ended: true})
 	}
@@ -227,7 +233,7 @@ func (a *attempt) settle(r *result) {
 	}
 	v := a.verdict(r, took)
 	if v.Outcome == circuit.Success && r.err == nil {
-		a.succeed()
+		a.succeed(r)
 	} else {
 		a.service.settle(a.pass, v)
 		a.settled = true
@@ -298,6 +304,13 @@ func statusOutcome(status int) Outcome {
 	return Success
 }
 
+// hurried reports whether the caller's deadline leaves the service less than
+// MinDeadline.
+func (a *attempt) hurried() bool {
+	deadline, ok := a.req.Context().Deadline()
+	return ok && deadline.Sub(a.start) < a.policy.minDeadline()
+}
+
 func (p *policy) minDeadline() time.Duration {
 	least := cmp.Or(p.Breaker.MinDeadline, time.Second)
 	if p.Breaker.MinDeadline == 0 && p.Timeout > 0 {
@@ -338,14 +351,14 @@ type body struct {
 	state   *state
 	service *service
 	pass    circuit.Permit
-	brought atomic.Bool // it has given something
+	excused atomic.Bool // the caller's deadline says nothing: the body has given something, or there was too little time
 	settled atomic.Bool
 }
 
 func (b *body) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	if n > 0 && !b.brought.Load() {
-		b.brought.Store(true)
+	if n > 0 && !b.excused.Load() {
+		b.excused.Store(true)
 	}
 	if err != nil {
 		b.settle(err)
@@ -381,7 +394,7 @@ func (b *body) settle(err error) {
 			v.Outcome = circuit.Outcome(statusOutcome(event.Status))
 		}
 	case err == io.EOF:
-	case ended(b.req) != nil && (!late(b.req) || b.brought.Load()):
+	case ended(b.req) != nil && (!late(b.req) || b.excused.Load()):
 		v.Outcome = circuit.Ignored // the caller has left
 	case errors.Is(err, context.Canceled) && fault.Of(b.req, err).Kind == fault.Cancelled:
 		v.Outcome = circuit.Ignored

@@ -96,7 +96,7 @@ type StateChange struct {
 	Service  string
 	From, To State
 	At       time.Time
-	Failures int           // in a row, when CLOSED was left
+	Failures int           // with To == Open: in a row, when CLOSED was left
 	Until    time.Time     // with To == Open: when the next probe is let through
 	Asked    time.Duration // with To == Open: what the server asked for; 0 if it did not
 	Cause    error         // the failure behind it; nil when closing
@@ -176,12 +176,21 @@ type service struct {
 	created time.Time
 }
 
-// counters are those that a request without trouble moves.
+// counters say what the life of a service does not. A request is a use of its
+// service, its first attempt belongs to it, and both mostly end well together: then
+// nothing of this is touched.
 type counters struct {
-	requests  atomic.Uint64
-	ok        atomic.Uint64
-	attempts  atomic.Uint64
-	successes atomic.Uint64
+	bodies    atomic.Uint64 // uses that are no requests
+	unsent    atomic.Uint64 // first attempts that were not made, or not as such
+	attempts  atomic.Uint64 // other attempts
+	ok        atomic.Uint64 // requests that are OK, but did not end well with their first attempt
+	successes atomic.Uint64 // attempts likewise
+}
+
+// requests returns how many requests there have been.
+func (s *service) requests() uint64 {
+	others := s.counts.bodies.Load() // before what includes it
+	return s.life.Begun() - others
 }
 
 // trouble is the part of a service that only failures need.
@@ -249,7 +258,21 @@ func (s *service) budget() pace.Budget { return pace.Budget(s.policy.Load().Retr
 
 // spend takes a token of the service's budget for a retry.
 func (s *service) spend() bool {
-	return s.rest().budget.Spend(s.budget(), time.Now(), s.counts.requests.Load())
+	return s.rest().budget.Spend(s.budget(), time.Now(), s.requests())
+}
+
+// tokens returns what the service's budget holds.
+func (s *service) tokens(now time.Time, requests uint64) float64 {
+	b := s.budget()
+	if b.Ratio < 0 {
+		return 0
+	}
+	if t := s.trouble.Load(); t != nil {
+		return t.budget.Tokens(b, now, requests)
+	}
+	var fresh pace.Bucket // a service without trouble does not get any for being looked at
+	fresh.Init(b, s.created)
+	return fresh.Tokens(b, now, requests)
 }
 
 // The registry sees a service as follows.
@@ -284,11 +307,12 @@ func (s *service) stats(now time.Time) Stats {
 	if t := s.trouble.Load(); t != nil {
 		t.fill(&st)
 	}
-	st.OK, st.Successes = s.counts.ok.Load(), s.counts.successes.Load()
-	st.Attempts, st.Requests = s.counts.attempts.Load(), s.counts.requests.Load()
-	if budget := s.budget(); budget.Ratio >= 0 {
-		st.BudgetTokens = s.rest().budget.Tokens(budget, now, st.Requests)
-	}
+	well := s.life.EndedWell()
+	st.OK, st.Successes = well+s.counts.ok.Load(), well+s.counts.successes.Load()
+	unsent := s.counts.unsent.Load()
+	st.Requests = s.requests()
+	st.Attempts = st.Requests + s.counts.attempts.Load() - unsent
+	st.BudgetTokens = s.tokens(now, st.Requests)
 	return st
 }
 

@@ -151,6 +151,25 @@ func valueOf(ctx context.Context) *contextValue {
 	return v
 }
 
+// An attemptContext is the context of an attempt. It does what context.WithValue
+// would, with one allocation instead of two.
+type attemptContext struct {
+	context.Context
+	value contextValue
+}
+
+func ofAttempt(ctx context.Context, number int) context.Context {
+	return &attemptContext{ctx, contextValue{attempt: number}}
+}
+
+// Value returns the value for a key.
+func (c *attemptContext) Value(key any) any {
+	if key == (contextKey{}) {
+		return &c.value
+	}
+	return c.Context.Value(key)
+}
+
 // WithRetry returns a context whose requests are retried by their own policy:
 // change gets a copy of their host's RetryPolicy, with every default resolved,
 // and changes what it wants. Of the Budget only a Ratio below zero counts, which
@@ -450,7 +469,6 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if s == nil {
 		return st.base.RoundTrip(req) // not a request to any service
 	}
-	s.counts.requests.Add(1)
 	k := call{state: st, service: s, policy: p, retry: &p.Retry, req: req}
 	if p.TotalTimeout > 0 {
 		return k.within(p.TotalTimeout)
@@ -503,6 +521,7 @@ type result struct {
 	err   error
 	early *sse.Failure // err, if an event stream died before its first event
 	fault fault.Fault  // of err
+	well  bool         // it is a success of which nobody has been told yet
 }
 
 // judge makes r what a RoundTripper's answer to req means.
@@ -610,12 +629,18 @@ func (k *call) run() (*http.Response, error) {
 			k.service.rest().failed.Add(1)
 			k.abort()
 		}
-		k.service.life.End()
+		if k.well {
+			k.service.life.EndWell()
+		} else {
+			k.service.life.End()
+		}
 	}()
 	k.first()
-	if k.err == nil && k.resp.StatusCode < 400 && k.retry.CheckRetry == nil {
+	switch {
+	case k.well: // nothing else is to be said
+	case k.err == nil && k.resp.StatusCode < 400 && k.retry.CheckRetry == nil:
 		k.service.counts.ok.Add(1)
-	} else {
+	default:
 		k.conclude()
 	}
 	if k.body != nil {
@@ -704,12 +729,14 @@ func (k *call) first() {
 	if v != nil && v.change != nil {
 		if err := k.ownPolicy(v.change); err != nil {
 			closeBody(k.req)
+			k.service.counts.unsent.Add(1)
 			k.result = result{err: err, fault: fault.Fault{Kind: fault.Caller}}
 			return
 		}
 	}
 	if ctx.Err() != nil {
 		closeBody(k.req)
+		k.service.counts.unsent.Add(1)
 		k.judge(k.req, nil, context.Cause(ctx)) // as net/http has it
 		return
 	}
@@ -723,7 +750,7 @@ func (k *call) first() {
 	k.sending = k.model
 	watched := fault.WatchHook(ctx)
 	if v != nil { // it is this request's, and not for those that a Layer makes with its context
-		watched = context.WithValue(watched, contextKey{}, &contextValue{attempt: 1})
+		watched = ofAttempt(watched, 1)
 	}
 	if watched != ctx {
 		k.sending = k.model.WithContext(watched)
@@ -774,6 +801,9 @@ func (k *call) send() {
 	k.attempts++
 	switch {
 	case k.state.layers != nil:
+		if k.attempts == 1 {
+			k.service.counts.unsent.Add(1) // it is counted below the Layers
+		}
 		resp, err := k.state.layers.RoundTrip(req)
 		k.judge(req, resp, err)
 	case req.URL != k.req.URL && (req.URL.Host != k.req.URL.Host || req.URL.Scheme != k.req.URL.Scheme):
@@ -781,11 +811,29 @@ func (k *call) send() {
 		k.state.elsewhere(req, &k.result) // Prepare has changed it
 	default:
 		k.sending = nil
-		k.state.attempt(k.service, k.policy, req, &k.result)
+		k.sendStraight(req)
 	}
 	k.sending = nil // its body is closed
 	if !k.sent() {
 		k.attempts--
+	}
+}
+
+// sendStraight makes one attempt at the request's own service.
+func (k *call) sendStraight(req *http.Request) {
+	counts, first := &k.service.counts, k.attempts == 1
+	if !first {
+		counts.attempts.Add(1)
+	}
+	admitted := k.state.attempt(k.service, k.policy, req, &k.result)
+	switch {
+	case !admitted && first:
+		counts.unsent.Add(1)
+	case !admitted:
+		counts.attempts.Add(^uint64(0))
+	case k.well && (!first || k.retry.CheckRetry != nil):
+		counts.successes.Add(1)
+		k.well = false
 	}
 }
 
@@ -816,8 +864,16 @@ func (st *state) elsewhere(req *http.Request, r *result) {
 		r.judge(req, resp, err)
 		return
 	}
+	s.counts.bodies.Add(1)
+	s.counts.attempts.Add(1)
 	defer s.life.End()
-	st.attempt(s, p, req, r)
+	if !st.attempt(s, p, req, r) {
+		s.counts.attempts.Add(^uint64(0))
+	}
+	if r.well {
+		s.counts.successes.Add(1)
+		r.well = false
+	}
 }
 
 // again decides about the first attempt's result and, if it is to be retried,
@@ -931,7 +987,7 @@ func (k *call) keep() {
 	kept := drain.Keep(resp)
 	switch {
 	case kept == nil: // it was too long
-		k.result = result{err: errors.Join(redact.StatusError(resp.StatusCode))}
+		k.result = result{err: redact.StatusError(resp.StatusCode)}
 	case k.early != nil:
 		k.early.Response = kept
 	default:
@@ -1080,7 +1136,7 @@ func (k *call) Prepare() error {
 	if a, ok := k.next.(*replay.Attempt); ok {
 		a.Wait(k.req.Context().Done(), bodyRelease)
 	}
-	ctx := context.WithValue(fault.WatchHook(k.req.Context()), contextKey{}, &contextValue{attempt: k.attempts + 1})
+	ctx := ofAttempt(fault.WatchHook(k.req.Context()), k.attempts+1)
 	if k.retry.Prepare == nil {
 		k.sending = k.model.WithContext(ctx)
 	} else {

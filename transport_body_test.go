@@ -320,20 +320,40 @@ func transportHookDeaths(name string, die func()) []transportSituation {
 func TestTransportClosesOnceAndChangesNothing(t *testing.T) {
 	for _, s := range transportSituations() {
 		for kind := range transportUploads() {
-			t.Run(s.name+"/"+kind, func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) { s.run(t, transportUploads()[kind]) })
-			})
+			for chain, change := range transportChains() {
+				t.Run(s.name+"/"+kind+"/"+chain, func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) { s.run(t, transportUploads()[kind], change) })
+				})
+			}
 		}
 	}
 }
 
-func (s transportSituation) run(t *testing.T, upload *transportUpload) {
+// transportChains are ways for the chain to be longer.
+func transportChains() map[string]func(*Transport) {
+	return map[string]func(*Transport){
+		"short":        func(*Transport) {},
+		"TotalTimeout": func(tr *Transport) { tr.Policy.TotalTimeout = time.Hour },
+		"HoldStream":   func(tr *Transport) { tr.Policy.HoldStream = true },
+		"Layers": func(tr *Transport) {
+			tr.Layers = append(tr.Layers, func(next http.RoundTripper) http.RoundTripper { return transportFunc(next.RoundTrip) })
+		},
+		"Timeout and Idle": func(tr *Transport) {
+			if tr.Policy.Timeout == 0 {
+				tr.Policy.Timeout, tr.Policy.Idle = 30*time.Minute, time.Hour
+			}
+		},
+	}
+}
+
+func (s transportSituation) run(t *testing.T, upload *transportUpload, change func(*Transport)) {
 	script := &transportScript{answers: []any{503}}
 	tr := &Transport{Base: script, Policy: transportSteady()}
 	tr.Policy.Retry.BodyLimit = transportLimit
 	if s.change != nil {
 		s.change(tr)
 	}
+	change(tr)
 	if s.base != nil {
 		tr.Base = transportFunc(func(req *http.Request) (*http.Response, error) { return s.base(req, script) })
 	}
@@ -363,7 +383,7 @@ func (s transportSituation) run(t *testing.T, upload *transportUpload) {
 	}
 	time.Sleep(time.Minute) // for whoever closes late
 	check(t)
-	upload.checkClosed(t, s.closed)
+	upload.checkClosed(t, s.closed || s.dies && len(tr.Layers) > 0)
 	for st := range tr.All() {
 		assert.Equal(t, st.Requests, st.OK+st.Failed+st.Rejected+st.Cancelled, "requests of %+v", st)
 		assert.Equal(t, st.Attempts, st.Successes+st.Failures+st.Ignored, "attempts of %+v", st)

@@ -201,11 +201,11 @@ func (b *Breaker) Admit(ctx context.Context, now time.Time) (Permit, *Rejection)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.state == Open && !now.Before(m.rejection.Load().Until) {
-		next := HalfOpen
 		if c.Off() { // there is nothing to find out: it was opened by hand, for a while
-			next = Closed
+			b.transition(m, Closed, Change{Context: ctx, At: now})
+		} else {
+			b.transition(m, HalfOpen, Change{Context: ctx, At: now, Cause: m.rejection.Load().Last})
 		}
-		b.transition(m, next, Change{Context: ctx, At: now, Cause: m.rejection.Load().Last})
 	}
 	switch {
 	case m.state == Closed:

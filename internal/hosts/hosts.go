@@ -1,5 +1,9 @@
 // Package hosts parses host names and patterns of them, and finds what belongs
 // to a host.
+//
+// A host is a name, an IPv4 address, or an IPv6 address in brackets, with its zone
+// if it has one. Names of other alphabets are taken as they come: "bücher.example"
+// and "xn--bcher-kva.example" are two.
 package hosts
 
 import (
@@ -8,6 +12,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // A Name is a host in lower case without a trailing dot, and a port or "".
@@ -23,18 +29,24 @@ func Split(authority string) Name {
 	return Name{strings.ToLower(strings.TrimRight(host, ".")), port}
 }
 
-// ServiceName returns the name of a host that is its own service: the host, and
-// the port unless it is the scheme's default. It allocates nothing when the
-// authority is written that way already.
-func ServiceName(scheme, authority string) string {
-	n := Split(authority)
+// For returns the name of the service that a host is by itself: the host, and the
+// port unless it is the scheme's default. It allocates only to join the two; see
+// ServiceName.
+func (n Name) For(scheme string) string {
 	if n.Port == "" || n.Port == defaultPort(scheme) {
 		return n.Host
 	}
-	if strings.HasPrefix(authority, n.Host) && len(authority) == len(n.Host)+1+len(n.Port) {
+	return n.Host + ":" + n.Port
+}
+
+// ServiceName returns Split(authority).For(scheme). It allocates nothing when the
+// authority, or the part of it that counts, is written that way already.
+func ServiceName(scheme, authority string) string {
+	n := Split(authority)
+	if len(authority) == len(n.Host)+len(":")+len(n.Port) && strings.HasPrefix(authority, n.Host) && n.Port != "" && n.Port != defaultPort(scheme) {
 		return authority
 	}
-	return n.Host + ":" + n.Port
+	return n.For(scheme)
 }
 
 // WithoutDefaultPort cuts the scheme's default port off host. It knows http and
@@ -60,46 +72,54 @@ func defaultPort(scheme string) string {
 	return ""
 }
 
-// A Pattern stands for one host, with or without a port, or for all names below
-// one.
-type Pattern struct {
-	name Name // the host begins with a dot if it stands for all names below
-}
-
 // ParsePattern reads a key of Transport.Hosts, such as "api.example.com",
-// "localhost:8080" or "*.example.com".
+// "localhost:8080" or "*.example.com". The percent sign before an IPv6 address's
+// zone may be written as in a URL: "[fe80::1%25en0]".
 func ParsePattern(pattern string) (Pattern, error) {
 	if pattern == "*" {
-		return Pattern{}, fmt.Errorf(`tripper: Hosts["*"] is no host: the policy of every host that Hosts does not name is Transport.Policy`)
+		return Pattern{}, fmt.Errorf("tripper: Hosts[%q] is no host: want the policy of every other host in Policy", pattern)
 	}
 	n := Split(pattern)
 	host, wild := strings.CutPrefix(n.Host, "*.")
-	n.Host = host
-	if !validHost(n.Host) || wild && n.Host[0] == '[' || strings.ContainsAny(pattern, "/@?#%\\ \t\r\n") {
+	if address, zone, ok := strings.Cut(host, "%25"); ok && zone != "]" {
+		host = address + "%" + zone
+	}
+	// With one of these it is a URL, or more than a host in some other way.
+	if !validHost(host) || wild && host[0] == '[' || strings.ContainsAny(n.Port, "/@?#%\\ \t\r\n") {
 		return Pattern{}, fmt.Errorf(`tripper: Hosts[%q] is no host: want one such as "api.example.com", "localhost:8080" or "*.example.com"`, pattern)
 	}
 	if n.Port != "" && !validPort(n.Port) {
 		return Pattern{}, fmt.Errorf("tripper: Hosts[%q] has port %q: want 1 to 65535", pattern, n.Port)
 	}
 	if wild {
-		n.Host = "." + n.Host
+		host = "." + host
 	}
-	return Pattern{n}, nil
+	return Pattern{Name{host, n.Port}}, nil
 }
 
 // Valid reports whether name is a host that a request can go to, with or without
-// a port.
+// a port. A wildcard is none.
 func Valid(name string) bool {
 	n := Split(name)
-	return !strings.ContainsAny(name, "/@?#%\\ \t\r\n*") && validHost(n.Host) && (n.Port == "" || validPort(n.Port))
+	return validHost(n.Host) && (n.Port == "" || validPort(n.Port))
 }
 
 func validHost(host string) bool {
 	if literal, ok := strings.CutPrefix(host, "["); ok {
-		address, err := netip.ParseAddr(strings.TrimSuffix(literal, "]"))
-		return strings.HasSuffix(literal, "]") && err == nil && address.Is6()
+		literal, ok = strings.CutSuffix(literal, "]")
+		address, err := netip.ParseAddr(literal)
+		return ok && err == nil && address.Is6() && !strings.ContainsFunc(address.Zone(), func(r rune) bool { return r == '%' || !allowed(r) })
 	}
-	return !strings.ContainsAny(host, "*:[]") && !slices.Contains(strings.Split(host, "."), "")
+	return !strings.ContainsFunc(host, func(r rune) bool { return !allowed(r) }) && !slices.Contains(strings.Split(host, "."), "")
+}
+
+// allowed reports whether a host's name may hold r. What is not UTF-8 is a
+// RuneError.
+func allowed(r rune) bool {
+	if r < utf8.RuneSelf {
+		return r == '-' || r == '_' || r == '.' || unicode.IsLetter(r) || unicode.IsDigit(r)
+	}
+	return !unicode.IsSpace(r) && !unicode.IsControl(r) && r != utf8.RuneError
 }
 
 func validPort(port string) bool {
@@ -107,26 +127,33 @@ func validPort(port string) bool {
 	return err == nil && n > 0 && strconv.FormatUint(n, 10) == port
 }
 
+// A Pattern stands for one host, with or without a port, or for all names below
+// one. Two that stand for the same are equal.
+type Pattern struct {
+	name Name // the host begins with a dot if it stands for all names below
+}
+
 // DependsOnScheme reports whether it depends on a request's scheme whether the
 // pattern's port is a part of the service's name.
 func (p Pattern) DependsOnScheme() bool { return p.name.Port == "80" || p.name.Port == "443" }
 
 // Service returns the service that a host of this pattern has under a policy
-// that names the service own, or "" if there are many.
+// that names the service own; "" is a policy that names none. It returns "" if
+// each host is a service of its own and the pattern stands for many.
 func (p Pattern) Service(own string) string {
 	switch {
 	case own != "":
 		return own
 	case p.name.Host[0] == '.':
 		return ""
-	case p.name.Port == "", p.DependsOnScheme():
+	case p.DependsOnScheme():
 		return p.name.Host
 	}
-	return p.name.Host + ":" + p.name.Port
+	return p.name.For("")
 }
 
 // A Table finds what belongs to a host. The zero Table is empty. Adding must be
-// over before finding begins.
+// over before finding begins; many may find at a time.
 type Table[V any] struct{ rows map[Name]V }
 
 // Add adds what belongs to the hosts of a pattern.
@@ -138,7 +165,8 @@ func (t *Table[V]) Add(p Pattern, v V) {
 }
 
 // Find looks for the host with its port first, then for the host, then for the
-// longest pattern that the host is below.
+// longest wildcard that the host is below, again with the port first. A host
+// without a port has the scheme's.
 func (t *Table[V]) Find(scheme string, n Name) (v V, ok bool) {
 	if len(t.rows) == 0 {
 		return v, false
@@ -153,10 +181,11 @@ func (t *Table[V]) Find(scheme string, n Name) (v V, ok bool) {
 		if v, ok = t.rows[Name{Host: n.Host}]; ok {
 			return v, true
 		}
-		label := strings.IndexByte(n.Host[min(1, len(n.Host)):], '.')
-		if label < 0 {
+		// "a.b.c" is below ".b.c", and that is below ".c".
+		dot := strings.IndexByte(n.Host[min(1, len(n.Host)):], '.')
+		if dot < 0 {
 			return v, false
 		}
-		n.Host = n.Host[label+1:]
+		n.Host = n.Host[dot+1:]
 	}
 }

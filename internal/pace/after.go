@@ -26,6 +26,9 @@ func RetryAfter(h http.Header, now time.Time) (time.Duration, bool) {
 	if d, ok := parseWait(v, time.Second); ok {
 		return d, true
 	}
+	if v == "" { // mostly; ParseTime would allocate three errors
+		return 0, false
+	}
 	at, err := http.ParseTime(v)
 	if err != nil {
 		return 0, false

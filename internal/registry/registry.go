@@ -18,10 +18,14 @@ const Max = 4096
 // bound until some of them can go.
 const looks = 16
 
-// A Life says whether a service is in use.
+// A Life says whether a service is in use. Uses that end well have a counter of
+// their own: most do, and their number is all that is to be said of them. So the
+// success path has nothing else to count.
 type Life struct {
 	begun atomic.Uint64 // uses, and the flag gone
-	ended atomic.Uint64
+	well  atomic.Uint64 // uses that have ended well
+	ended atomic.Uint64 // uses that have ended otherwise
+	final atomic.Uint64 // uses when it was closed
 	used  atomic.Uint64 // when, in ticks of the registry
 }
 
@@ -31,23 +35,38 @@ const gone = 1 << 63 // the service has been forgotten: nobody may begin to use 
 // nothing has begun.
 func (l *Life) Begin() bool { return l.begun.Add(1)&gone == 0 }
 
-// End ends a use.
+// EndWell ends a use of which nothing else is to be said.
+func (l *Life) EndWell() { l.well.Add(1) }
+
+// End ends any other use.
 func (l *Life) End() { l.ended.Add(1) }
+
+// Begun returns how many uses have begun.
+func (l *Life) Begun() uint64 {
+	if n := l.begun.Load(); n&gone == 0 {
+		return n
+	}
+	return l.final.Load() // not those that were tried in vain
+}
+
+// EndedWell returns how many uses have ended by EndWell.
+func (l *Life) EndedWell() uint64 { return l.well.Load() }
 
 // InUse reports whether a use has begun that has not ended.
 func (l *Life) InUse() bool {
-	ended := l.ended.Load() // before what begins
-	return l.begun.Load()&^gone != ended
+	ended := l.well.Load() + l.ended.Load() // before what begins
+	return l.Begun() != ended
 }
 
 // close makes the service unusable, unless somebody uses it.
 func (l *Life) close() bool {
-	ended := l.ended.Load()
+	ended := l.well.Load() + l.ended.Load()
+	l.final.Store(ended)
 	return l.begun.CompareAndSwap(ended, ended|gone)
 }
 
 // reopen takes close back. Begin may have been tried in vain meanwhile.
-func (l *Life) reopen() { l.begun.Store(l.ended.Load()) }
+func (l *Life) reopen() { l.begun.Store(l.final.Load()) }
 
 // A Member is a service as the registry sees it. Its methods are called with the
 // registry's lock held and must not call the registry.

@@ -261,6 +261,16 @@ func TestWatchTellsErrors(t *testing.T) {
 	require.Same(t, a, Watch(a))
 }
 
+// net/http and others compare bodies, also ones that cannot be compared.
+func TestWatchedBodiesCanBeCompared(t *testing.T) {
+	type odd struct {
+		io.ReadCloser
+		_ []byte
+	}
+	body := Watch(odd{ReadCloser: newSource(t, strings.NewReader("abc"))})
+	require.NotPanics(t, func() { require.True(t, body == Watch(body)) })
+}
+
 func TestCause(t *testing.T) {
 	broken := errors.New("broken")
 	read := &ReadError{broken}
