@@ -232,6 +232,8 @@ type policy struct {
 	circuit circuit.Config
 	service string // the service that it names; "": each host its own
 	plain   bool   // an attempt's answer below 400 is a success, and nobody asks how long it took
+
+	straight bool // a simple request needs nothing before its first attempt
 }
 
 func (t *Transport) load() *state {
@@ -297,6 +299,8 @@ func (st *state) newPolicy(p Policy) *policy {
 		SuccessThreshold: b.SuccessThreshold, FailureRate: b.FailureRate, Window: b.Window, MinRequests: b.MinRequests, Observe: b.Observe,
 	}}
 	resolved.plain = b.Outcome == nil && b.SlowCall == 0 && len(st.tell.attempt) == 0
+	r := &d.Retry
+	resolved.straight = r.CheckRetry == nil && r.MaxElapsed == 0 && !r.IdempotencyKey && p.TotalTimeout == 0
 	switch {
 	case p.Timeout > 0 || p.Idle > 0:
 		limited := &timeout.Transport{Base: st.base, Headers: p.Timeout, Idle: p.Idle}
@@ -469,9 +473,56 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if s == nil {
 		return st.base.RoundTrip(req) // not a request to any service
 	}
+	if p.straight && st.layers == nil && simple(req) {
+		return st.goStraight(s, p, req)
+	}
 	k := call{state: st, service: s, policy: p, retry: &p.Retry, req: req}
 	if p.TotalTimeout > 0 {
 		return k.within(p.TotalTimeout)
+	}
+	return k.run()
+}
+
+// simple reports whether the first attempt sends req as it is, and nothing has
+// to be remembered of it.
+func simple(req *http.Request) bool {
+	if hasBody(req) && (req.GetBody == nil || !replay.InMemory(req.Body)) {
+		return false
+	}
+	ctx := req.Context()
+	return ctx == context.Background() || ctx.Err() == nil && valueOf(ctx) == nil && fault.WatchHook(ctx) == ctx
+}
+
+// goStraight makes the first attempt of a simple request. If that does not go
+// well, the request becomes a call, with this attempt behind it. To begin with a
+// call would cost the success path a quarter more.
+func (st *state) goStraight(s *service, p *policy, req *http.Request) (*http.Response, error) {
+	var r result
+	handedOver := false
+	defer func() {
+		switch {
+		case handedOver: // the call ends the use of s
+		case r.well:
+			s.life.EndWell()
+		default: // Base or a hook has panicked or called Goexit
+			s.rest().failed.Add(1)
+			s.life.End()
+		}
+	}()
+	admitted := st.attempt(s, p, req, &r)
+	if r.well {
+		if r.resp.Request != req {
+			r.resp.Request = req
+		}
+		return r.resp, nil
+	}
+	handedOver = true
+	k := call{state: st, service: s, policy: p, retry: &p.Retry, req: req, model: req, result: r, attempts: 1}
+	if !admitted {
+		s.counts.unsent.Add(1)
+	}
+	if !k.sent() {
+		k.attempts = 0
 	}
 	return k.run()
 }
@@ -635,7 +686,9 @@ func (k *call) run() (*http.Response, error) {
 			k.service.life.End()
 		}
 	}()
-	k.first()
+	if k.model == nil {
+		k.first()
+	}
 	switch {
 	case k.well: // nothing else is to be said
 	case k.err == nil && k.resp.StatusCode < 400 && k.retry.CheckRetry == nil:

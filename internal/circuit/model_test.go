@@ -89,11 +89,12 @@ func (m *model) move(to State, c Change) {
 // begin returns nil if the attempt is rejected.
 func (m *model) begin(now time.Time) *flight {
 	if m.state == Open && !now.Before(m.until) {
-		to := HalfOpen
-		if m.off() {
-			to = Closed
+		if change := (Change{Context: context.Background(), At: now}); m.off() {
+			m.move(Closed, change)
+		} else {
+			change.Cause = m.cause
+			m.move(HalfOpen, change)
 		}
-		m.move(to, Change{Context: context.Background(), At: now, Cause: m.cause})
 	}
 	f := &flight{began: now, probe: m.state == HalfOpen}
 	switch {

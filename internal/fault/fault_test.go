@@ -160,7 +160,7 @@ func TestAClientCertificateThatIsMissing(t *testing.T) {
 }
 
 func TestNoTLS(t *testing.T) {
-	srv, _ := newServer(t, false)
+	srv, _ := newServer(t, false, false)
 	req := newRequest(t, http.MethodGet, strings.Replace(srv.URL, "http:", "https:", 1), nil)
 	tr := newTransport(t, "")
 	assert.Equal(t, Fault{Kind: Final, NeverSent: true}, Of(req, errorOf(t, tr, req)))

@@ -15,16 +15,18 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// newServer starts a server that reads what it gets and answers 200.
-func newServer(t *testing.T, http2 bool) (*httptest.Server, *http.Transport) {
+// newServer starts a server that answers a GET with 200, and a POST not at all.
+func newServer(t *testing.T, http2, secure bool) (*httptest.Server, *http.Transport) {
 	t.Helper()
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_, _ = io.Copy(io.Discard, r.Body)
+		if _, err := io.Copy(io.Discard, r.Body); err == nil && r.Method == http.MethodPost {
+			<-r.Context().Done()
+		}
 	}))
 	srv.Config.MaxHeaderBytes = 4 << 10
 	srv.Config.ErrorLog = quiet
 	srv.EnableHTTP2 = http2
-	if http2 {
+	if secure {
 		srv.StartTLS()
 	} else {
 		srv.Start()

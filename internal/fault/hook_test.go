@@ -91,6 +91,8 @@ func TestWatchHookKeepsTheContext(t *testing.T) {
 	hook := &httptrace.ClientTrace{Got1xxResponse: func(int, textproto.MIMEHeader) error { return nil }}
 	ctx := WatchHook(httptrace.WithClientTrace(parent, hook))
 	assert.Equal(t, "mine", ctx.Value(key{}))
+	other := &httptrace.ClientTrace{}
+	assert.Same(t, other, WatchHook(httptrace.WithClientTrace(context.WithValue(parent, key{}, other), hook)).Value(key{}))
 	assert.NoError(t, httptrace.ContextClientTrace(ctx).Got1xxResponse(103, nil))
 	child, stop := context.WithCancel(ctx)
 	defer stop()

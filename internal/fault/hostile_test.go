@@ -5,11 +5,13 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -205,6 +207,26 @@ type memory struct {
 func (m *memory) Read(p []byte) (int, error) {
 	<-m.written
 	return m.answer.Read(p)
+}
+
+// unwritable is a connection that takes nothing.
+type unwritable struct {
+	nowhere
+	err error
+}
+
+func (u *unwritable) Write([]byte) (int, error) { return 0, u.err }
+
+func TestAConnectionThatTakesNothing(t *testing.T) {
+	for _, why := range []error{syscall.EPIPE, errors.New("Forbidden"), errors.New("Bad Gateway")} {
+		conn := &unwritable{nowhere{ended: make(chan struct{})}, why}
+		tr := newTransport(t, "")
+		tr.DialTLSContext = func(context.Context, string, string) (net.Conn, error) { return conn, nil }
+		req := newRequest(t, http.MethodPost, "https://api.example.com/", plain("x"))
+		assert.Equal(t, Fault{NeverSent: true}, Of(req, errorOf(t, tr, req)), "%v", why)
+	}
+	broken := errors.New("Forbidden")
+	assert.Equal(t, Fault{}, Of(nil, fmt.Errorf(brokenPrefix+"%w", broken)), "a proxy's words are never in here")
 }
 
 func FuzzOf(f *testing.F) {

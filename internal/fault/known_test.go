@@ -90,7 +90,7 @@ func requireCancelled(t *testing.T, req *http.Request, err error) {
 }
 
 func TestCancelledOverHTTP2(t *testing.T) {
-	srv, tr := newServer(t, true)
+	srv, tr := newServer(t, true, true)
 	req := newRequest(t, http.MethodPost, srv.URL, nil)
 	cancel, over := make(chan struct{}), make(chan struct{})
 	defer close(over)

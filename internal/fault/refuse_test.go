@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -93,9 +94,9 @@ func body(r *http.Request, s string) {
 
 func TestWhatNetHTTPRefusesIsTheCallersFault(t *testing.T) {
 	for protocol, tables := range map[string][]map[string]refusal{
-		"HTTP/1": {refusals, refusals1}, "HTTP/2": {refusals, refusals2},
+		"HTTP/1.1": {refusals, refusals1}, "HTTP/1.1 with TLS": {refusals, refusals1}, "HTTP/2.0": {refusals, refusals2},
 	} {
-		srv, tr := newServer(t, protocol == "HTTP/2")
+		srv, tr := newServer(t, protocol == "HTTP/2.0", protocol != "HTTP/1.1")
 		for _, table := range tables {
 			for name, r := range table {
 				t.Run(protocol+" "+name, func(t *testing.T) {
@@ -103,7 +104,7 @@ func TestWhatNetHTTPRefusesIsTheCallersFault(t *testing.T) {
 					resp, err := tr.RoundTrip(newRequest(t, http.MethodGet, srv.URL, nil))
 					require.NoError(t, err)
 					resp.Body.Close()
-					require.Equal(t, protocol, resp.Proto[:6])
+					require.Contains(t, protocol, resp.Proto)
 					r.test(t, tr, srv.URL)
 				})
 			}
@@ -112,9 +113,15 @@ func TestWhatNetHTTPRefusesIsTheCallersFault(t *testing.T) {
 }
 
 func (r refusal) test(t *testing.T, tr http.RoundTripper, url string) {
-	req := newRequest(t, http.MethodGet, url, nil)
-	r.change(req)
-	err := errorOf(t, tr, req)
+	var req *http.Request
+	err := net.ErrClosed
+	// Once in a long while net/http itself finds the connection closed by its own
+	// hand, and forgets why.
+	for n := 0; n < 10 && errors.Is(err, net.ErrClosed); n++ {
+		req = newRequest(t, http.MethodGet, url, nil)
+		r.change(req)
+		err = errorOf(t, tr, req)
+	}
 	for _, err := range asReturned(err) {
 		if f := Of(req, err); r.sent {
 			assert.Equal(t, Caller, f.Kind, "%v", err)
@@ -151,7 +158,7 @@ func TestRefusalsOfAnHTTPClient(t *testing.T) {
 
 // A Layer may send another request than the one that it got.
 func TestRefusalsOfAnotherRequest(t *testing.T) {
-	srv, tr := newServer(t, true)
+	srv, tr := newServer(t, true, true)
 	req := newRequest(t, http.MethodGet, srv.URL, nil)
 	req.Header.Set("Upgrade", "h2c")
 	assert.Equal(t, Caller, Of(newRequest(t, http.MethodGet, srv.URL, nil), errorOf(t, tr, req)).Kind)

@@ -59,7 +59,6 @@ var handshakeAlert = [256]bool{
 // it is crypto/tls's own: a number. An alert of this side does not count: it says
 // that what came from the peer was damaged.
 func peerAlert(err error) (code uint8, ok bool) {
-	local := false
 	contains(err, func(err error) bool {
 		if alert, isAlert := err.(tls.AlertError); isAlert {
 			code, ok = uint8(alert), true
@@ -69,14 +68,10 @@ func peerAlert(err error) (code uint8, ok bool) {
 		if !isOp {
 			return false
 		}
-		if local = op.Op == "local error"; local {
-			return true
+		if alert := reflect.ValueOf(op.Err); op.Op == "remote error" && alert.Kind() == reflect.Uint8 {
+			code, ok = uint8(alert.Uint()), true
 		}
-		alert := reflect.ValueOf(op.Err)
-		if ok = op.Op == "remote error" && alert.Kind() == reflect.Uint8; ok {
-			code = uint8(alert.Uint())
-		}
-		return ok
+		return ok || op.Op == "local error"
 	})
-	return code, ok && !local
+	return code, ok
 }

@@ -589,6 +589,7 @@ func TestNextGetsWhatABrokenOffReadBrings(t *testing.T) {
 		w.Close()
 		requireReads(t, []byte("abcdefgh"), a)
 		a.Close()
+		require.True(t, b.Replayable(), "all of it is kept")
 		b.Finish()
 		src.requireClosed(1)
 	})

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -175,18 +176,39 @@ func TestClosedFileIsNotSentAgain(t *testing.T) {
 	require.False(t, b.Replayable())
 }
 
+// A Close must not meet the Seek of a source that may not expect that.
 func TestFinishDuringASeek(t *testing.T) {
-	src := newPicky(t, text(1000))
+	synctest.Test(t, func(t *testing.T) {
+		src := newPicky(t, text(1000))
+		b, a := New(src, -1, 100, nil)
+		src.back = func(offset int64) (int64, error) {
+			b.Finish()
+			synctest.Wait()
+			src.requireClosed(0)
+			return offset, nil
+		}
+		requireReads(t, text(1000), a)
+		a.Close()
+		require.Nil(t, b.Next())
+		synctest.Wait()
+		src.requireClosed(1)
+	})
+}
+
+// The Read that finds out that the body is too long may also be its last one.
+func TestLongSeekerThatEndsAtOnce(t *testing.T) {
+	src := newPicky(t, text(150))
+	src.Reader = iotest.DataErrReader(src.r)
 	b, a := New(src, -1, 100, nil)
-	src.back = func(offset int64) (int64, error) {
-		b.Finish()
-		src.requireClosed(0)
-		return offset, nil
-	}
-	requireReads(t, text(1000), a)
+	p := make([]byte, 200)
+	n, err := a.Read(p)
+	require.Equal(t, 150, n)
+	require.Equal(t, io.EOF, err)
 	a.Close()
-	require.Nil(t, b.Next())
-	require.Eventually(t, func() bool { return src.closes.Load() == 1 }, 1e10, 1e6)
+	src.requireClosed(0)
+	requireReads(t, text(150), b.Next())
+	b.Abort()
+	src.requireClosed(1)
 }
 
 func TestPanicOfASeek(t *testing.T) {
