@@ -249,7 +249,7 @@ func (a *attempt) verdict(r *result, took time.Duration) circuit.Verdict {
 	v := circuit.Verdict{Context: a.req.Context(), Outcome: circuit.Outcome(a.policy.outcome(a.req, r, a.start, took)), Ended: true}
 	slow := a.policy.Breaker.SlowCall
 	switch {
-	case slow > 0 && took > slow && (v.Outcome == circuit.Success || r.err != nil && ended(a.req) != nil):
+	case slow > 0 && took > slow && v.Outcome != circuit.Failure && (r.err == nil || ended(a.req) != nil):
 		v.Outcome, v.Cause = circuit.Failure, fmt.Errorf("slow call: no response headers within %v", slow)
 	case v.Outcome == circuit.Failure:
 		v.Cause = cause(a.req, r)

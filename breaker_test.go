@@ -2251,8 +2251,7 @@ func TestBreakerTrip(t *testing.T) {
 func TestBreakerOffTellsThatItCloses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		changes := &breakerChanges{}
-		var tr *Transport
-		tr = &Transport{Policy: breakerOnce(BreakerPolicy{FailureThreshold: -1}), Observers: changes.observers(),
+		tr := &Transport{Policy: breakerOnce(BreakerPolicy{FailureThreshold: -1}), Observers: changes.observers(),
 			Base: breakerBase(func(*http.Request) (*http.Response, error) {
 				assert.Len(t, changes.all, 2)
 				return breakerAnswer(200), nil
@@ -2416,4 +2415,37 @@ func TestBreakerTextForms(t *testing.T) {
 	var s State
 	require.NoError(t, s.UnmarshalText([]byte("half_open")))
 	require.Equal(t, HalfOpen, s)
+}
+
+// An Observer that panics at a service's end spoils the request that made room,
+// and no sums.
+func TestBreakerForgottenInSpiteOfAPanic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, told := &breakerSwitch{}, 0
+		tr := &Transport{Base: s, Policy: breakerOnce(BreakerPolicy{}), Observers: breakerObserver(func(c StateChange) {
+			if c.Origin == OriginForgotten {
+				told++
+				panic("observer")
+			}
+		})}
+		breakerOpenByFailing(t, tr)
+		s.status.Store(200)
+		time.Sleep(time.Minute)
+		panics := 0
+		for i := range 5000 {
+			req := breakerRequest(t.Context())
+			req.URL.Host = fmt.Sprintf("h%d.example.com", i)
+			if breakerPanics(func() { _, _ = tr.RoundTrip(req) }) {
+				panics++
+			}
+		}
+		require.Equal(t, []int{1, 1}, []int{told, panics})
+		total := tr.Forgotten()
+		require.EqualValues(t, 5, total.Failures)
+		for st := range tr.All() {
+			total = total.plus(st)
+		}
+		require.EqualValues(t, 5004, total.Requests, "one has made no request")
+		requireBreakerReconciles(t, total)
+	})
 }

@@ -389,6 +389,9 @@ func (st *state) service(name string, p *policy) *service {
 	for _, g := range gone {
 		st.letGo(g)
 	}
+	for _, g := range gone { // an Observer may panic: all of them are in the sums by now
+		st.deliver(g)
+	}
 	if isNew {
 		st.tellService(s)
 	}
@@ -417,7 +420,8 @@ func (st *state) shortcut(c *config, host string, s *service, p *policy) {
 	c.shortcuts.Put(host, &route{s, p})
 }
 
-// letGo ends what led to a service that has just been forgotten.
+// letGo ends what led to a service that has just been forgotten, and keeps its
+// sums.
 func (st *state) letGo(s *service) {
 	c := st.config.Load()
 	c.mu.Lock()
@@ -425,7 +429,6 @@ func (st *state) letGo(s *service) {
 		c.shortcuts.Remove(s.name, r)
 	}
 	c.mu.Unlock()
-	st.deliver(s)
 	st.forgotten.add(s.stats(time.Now()))
 }
 

@@ -567,3 +567,24 @@ func TestClosedAllocatesNothing(t *testing.T) {
 	d.do("fail")
 	require.Zero(t, testing.AllocsPerRun(100, func() { _, _ = d.admit() }))
 }
+
+// Successes are told to a closed breaker only while its growth may end.
+func TestIndifferent(t *testing.T) {
+	d := newDriver(t, growing)
+	indifferent := func() bool {
+		p, _ := d.admit()
+		defer d.b.Record(p, Verdict{Outcome: Ignored}, d.now)
+		return d.b.Indifferent(p)
+	}
+	require.True(t, indifferent())
+	d.do("fail")
+	d.now = d.now.Add(time.Minute)
+	require.False(t, indifferent(), "a probe")
+	for _, s := range []string{"begin", "begin", "answer", "answer"} {
+		d.do(s)
+	}
+	require.Equal(t, Closed, d.state())
+	require.False(t, indifferent(), "no response has ended well")
+	d.do("ok")
+	require.True(t, indifferent())
+}

@@ -100,10 +100,10 @@ func TestMemoryIsGivenBack(t *testing.T) {
 		"read, finish":       {nil, func(b *Body, a *Attempt) { io.ReadAll(a); b.Finish() }},
 		"read error":         {io.ErrUnexpectedEOF, func(b *Body, a *Attempt) { io.ReadAll(a) }},
 		"read error, unread": {io.ErrUnexpectedEOF, func(b *Body, a *Attempt) { io.ReadAll(a); a.Close(); b.Finish(); b.Abort() }},
-		"next, finish": {nil, func(b *Body, a *Attempt) {
-			a = b.Next()
+		"next, finish": {nil, func(b *Body, _ *Attempt) {
+			next := b.Next()
 			b.Finish()
-			a.Close()
+			next.Close()
 		}},
 		"read, next, abort": {nil, func(b *Body, a *Attempt) { io.ReadAll(a); b.Next(); b.Abort(); a.Close() }},
 	} {
