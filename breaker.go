@@ -188,8 +188,12 @@ func (a *attempt) settleAnyhow(r *result) {
 	if a.done {
 		return
 	}
-	if !a.settled {
+	switch {
+	case !a.settled:
 		a.service.settle(a.pass, circuit.Verdict{Context: a.req.Context()})
+		defer a.state.deliver(a.service) // last, for a hook may panic as well
+	case r.well: // and then a hook has panicked; whoever counts successes will not see it
+		a.service.counts.successes.Add(1)
 	}
 	if !a.returned {
 		closeBody(a.req)
@@ -201,10 +205,10 @@ func (a *attempt) settleAnyhow(r *result) {
 // succeed settles a successful attempt, or has the end of its response body do
 // that. A probe's answer counts at once.
 func (a *attempt) succeed(r *result) {
-	s, probe := a.service, a.pass.Probe
+	s, told := a.service, a.pass.Probe
 	switch {
 	case streams(a.resp):
-		if probe {
+		if told {
 			a.pass = s.breaker.Answer(a.pass, a.req.Context(), time.Now())
 		}
 		s.life.Begin() // for the body; the attempt's own use goes on, so that it succeeds
@@ -218,9 +222,10 @@ func (a *attempt) succeed(r *result) {
 		r.well = true
 	default:
 		s.settle(a.pass, circuit.Verdict{Context: a.req.Context(), Outcome: circuit.Success, Ended: true})
+		told = true
 	}
 	a.settled = true
-	if probe {
+	if told {
 		a.state.deliver(s)
 	}
 }

@@ -607,13 +607,13 @@ func TestBreakerFailureRate(t *testing.T) {
 	alone := half
 	alone.FailureThreshold = -1
 	breakerSteps{
-		"rate":                    {half, []breakerStep{{0, "ok ok fail", Closed}, {0, "fail x", Open}}},
-		"rate alone":              {alone, []breakerStep{{0, "ok ok ok ok fail fail fail", Closed}, {0, "fail x", Open}}},
-		"below the rate":          {half, []breakerStep{{0, "ok ok ok fail fail ok fail ok", Closed}}},
-		"too few requests":        {half, []breakerStep{{0, "fail fail fail", Closed}, {0, "fail", Open}}},
-		"a success opens nothing": {half, []breakerStep{{0, "fail fail fail ok", Closed}, {0, "fail", Open}}},
-		"ignored do not count":    {half, []breakerStep{{0, "fail 429 cancel 429 429 fail", Closed}}},
-		"no failure, no trip":     {half, []breakerStep{{0, "ok ok ok ok ok ok", Closed}}},
+		"rate":                 {half, []breakerStep{{0, "ok ok fail", Closed}, {0, "fail x", Open}}},
+		"rate alone":           {alone, []breakerStep{{0, "ok ok ok ok fail fail fail", Closed}, {0, "fail x", Open}}},
+		"below the rate":       {half, []breakerStep{{0, "ok ok ok fail fail ok fail ok", Closed}}},
+		"too few requests":     {half, []breakerStep{{0, "fail fail fail", Closed}, {0, "fail", Open}}},
+		"enough at a success":  {half, []breakerStep{{0, "fail fail fail", Closed}, {0, "ok", Open}}},
+		"ignored do not count": {half, []breakerStep{{0, "fail 429 cancel 429 429 fail", Closed}}},
+		"no failure, no trip":  {half, []breakerStep{{0, "ok ok ok ok ok ok", Closed}}},
 		"under way": {half, []breakerStep{
 			{0, "begin begin begin begin fail fail fail", Closed},
 			{0, "fail", Open},
@@ -945,8 +945,15 @@ func (m *breakerModel) end(f *breakerFlight, o Outcome, asked time.Duration, now
 	switch {
 	case o == Success:
 		m.proven = true
-		if f.probe && !f.answered {
+		switch {
+		case f.probe && !f.answered:
 			m.pass(now)
+		case !f.probe && m.overRate(now): // there are enough requests now
+			m.fail(0, now)
+		}
+	case o == Ignored:
+		if !f.probe && m.p.FailureThreshold > 0 && m.rowOf(f) >= m.p.FailureThreshold { // it joins two rows
+			m.fail(0, now)
 		}
 	case o == Failure && (f.probe || m.tooMany(f, now)):
 		m.fail(asked, now)
@@ -965,8 +972,16 @@ func (m *breakerModel) fail(asked time.Duration, now time.Time) {
 }
 
 func (m *breakerModel) tooMany(f *breakerFlight, now time.Time) bool {
+	return m.p.FailureThreshold > 0 && m.rowOf(f) >= m.p.FailureThreshold || m.overRate(now)
+}
+
+// rowOf counts the failures of the row that f belongs to.
+func (m *breakerModel) rowOf(f *breakerFlight) int {
 	i := slices.Index(m.row, f)
-	inRow := m.failedBefore(i) + 1
+	inRow := m.failedBefore(i)
+	if f.outcome == Failure {
+		inRow++
+	}
 	for _, g := range m.row[i+1:] {
 		if !g.over || g.outcome == Success {
 			break
@@ -975,7 +990,7 @@ func (m *breakerModel) tooMany(f *breakerFlight, now time.Time) bool {
 			inRow++
 		}
 	}
-	return m.p.FailureThreshold > 0 && inRow >= m.p.FailureThreshold || m.overRate(now)
+	return inRow
 }
 
 // failedBefore counts the row of failures that ends before the attempt i.
@@ -1009,7 +1024,7 @@ func (m *breakerModel) overRate(now time.Time) bool {
 			failed++
 		}
 	}
-	return total >= m.p.MinRequests && float64(failed)/float64(total) >= m.p.FailureRate
+	return total >= m.p.MinRequests && failed > 0 && float64(failed)/float64(total) >= m.p.FailureRate
 }
 
 func randomBreakerPolicy(r *rand.Rand) BreakerPolicy {

@@ -251,6 +251,19 @@ func (t *Transport) load() *state {
 	return s
 }
 
+// begin is load for the first request.
+func (t *Transport) begin(req *http.Request) *state {
+	returned := false
+	defer func() {
+		if !returned { // a hook has panicked or called Goexit
+			closeBody(req)
+		}
+	}()
+	st := t.load()
+	returned = true
+	return st
+}
+
 func newState(t *Transport) *state {
 	s := &state{transport: t, err: t.Validate(), base: t.Base}
 	s.compose = sync.OnceFunc(s.composeLayers)
@@ -463,7 +476,7 @@ func (st *state) unlink(s *service) {
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	st := t.used.Load()
 	if st == nil {
-		st = t.load()
+		st = t.begin(req)
 	}
 	if err := st.refuse(req); err != nil {
 		closeBody(req)

@@ -114,6 +114,7 @@ type machine struct {
 	rows      rows      // CLOSED
 	window    window    // CLOSED, with a FailureRate
 	failures  int       // in the row that made it leave CLOSED
+	cause     error     // of the last failure that counted; CLOSED
 	successes int       // of probes; HALF_OPEN
 	probes    []probe   // those that hold a place; HALF_OPEN
 	outage    time.Time // when CLOSED was left
@@ -302,6 +303,9 @@ func (b *Breaker) recordClosed(m *machine, c *Config, p Permit, v Verdict, now t
 	if c.Off() {
 		return
 	}
+	if v.Outcome == Failure {
+		m.cause = v.Cause
+	}
 	tooMany, failures := false, 0
 	if v.Outcome != Success {
 		failures = m.rows.add(p.number, v.Outcome == Failure)
@@ -309,11 +313,13 @@ func (b *Breaker) recordClosed(m *machine, c *Config, p Permit, v Verdict, now t
 	}
 	if c.FailureRate > 0 {
 		total, failed := m.window.end(p.turn, v.Outcome, now, c.Window)
-		tooMany = tooMany || total >= c.MinRequests && float64(failed)/float64(total) >= c.FailureRate
+		tooMany = tooMany || v.Outcome != Ignored && total >= c.MinRequests && failed > 0 && float64(failed)/float64(total) >= c.FailureRate
 	}
-	if tooMany && v.Outcome == Failure {
+	if tooMany {
 		m.failures = failures
-		b.open(m, c, now, v)
+		// An ignored attempt may have joined two rows, and a success may have made
+		// the requests enough: then the failure before is the cause.
+		b.open(m, c, now, Verdict{Context: v.Context, Cause: m.cause, Asked: v.Asked})
 	}
 }
 
@@ -375,6 +381,7 @@ func (b *Breaker) transition(m *machine, to State, change Change) {
 	}
 	m.successes, m.probes = 0, nil
 	m.rows, m.window = rows{}, window{}
+	m.cause = nil
 	if to == Closed {
 		m.failures = 0
 		m.rejection.Store(nil)

@@ -417,7 +417,7 @@ func TestFailureRate(t *testing.T) {
 		"rate":                 {half, []step{{0, "ok ok fail", Closed}, {0, "fail", Open}}},
 		"below the rate":       {half, []step{{0, "ok ok ok ok fail fail ok fail", Closed}}},
 		"too few requests":     {half, []step{{0, "fail fail fail", Closed}, {0, "fail", Open}}},
-		"only a failure opens": {half, []step{{0, "fail fail fail ok", Closed}, {0, "fail", Open}}},
+		"enough at a success":  {half, []step{{0, "fail fail fail", Closed}, {0, "ok", Open}}},
 		"ignored do not count": {half, []step{{0, "fail ignore ignore ignore ignore fail", Closed}}},
 		"under way":            {half, []step{{0, "begin begin begin begin begin fail fail fail", Closed}, {0, "end-ok fail", Closed}, {0, "fail", Open}}},
 		"a body breaks off":    {half, []step{{0, "begin answer ok ok fail", Closed}, {time.Second, "end-fail", Open}}},
@@ -434,7 +434,7 @@ func TestFailureRate(t *testing.T) {
 		}},
 		"still in the window": {half, []step{
 			{0, "fail fail fail", Closed},
-			{9*time.Second + 999*time.Millisecond, "ok fail", Open},
+			{9*time.Second + 999*time.Millisecond, "ok", Open},
 		}},
 		"a slot is used again": {half, []step{
 			{0, "fail fail fail", Closed},

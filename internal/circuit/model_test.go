@@ -25,6 +25,7 @@ type model struct {
 	changes  []Change
 
 	since, left, lastFailure time.Time
+	counted                  error // the cause of the last failure that counted
 	lastCause                error
 	spent                    [3]time.Duration
 	entered                  [3]uint64
@@ -156,11 +157,17 @@ func (m *model) end(f *flight, v Verdict, now time.Time) {
 		m.proven = true
 	}
 	switch {
-	case m.state == Closed && v.Outcome == Failure && !m.off():
-		row := m.row(f)
-		if m.c.FailureThreshold > 0 && row >= m.c.FailureThreshold || m.overRate(now) {
+	case m.state == Closed && !m.off():
+		if v.Outcome == Failure {
+			m.counted = v.Cause
+		}
+		row := 0
+		if v.Outcome != Success {
+			row = m.row(f)
+		}
+		if m.c.FailureThreshold > 0 && row >= m.c.FailureThreshold || v.Outcome != Ignored && m.overRate(now) {
 			m.failures = row
-			m.open(v, now)
+			m.open(Verdict{Cause: m.counted, Asked: v.Asked}, now)
 		}
 	case m.state == HalfOpen && v.Outcome == Failure:
 		m.open(v, now)
@@ -235,7 +242,7 @@ func (m *model) overRate(now time.Time) bool {
 			bad++
 		}
 	}
-	return total >= m.c.MinRequests && float64(bad)/float64(total) >= m.c.FailureRate
+	return total >= m.c.MinRequests && bad > 0 && float64(bad)/float64(total) >= m.c.FailureRate
 }
 
 func (m *model) trip(until, now time.Time) {

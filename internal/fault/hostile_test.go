@@ -274,3 +274,25 @@ func exchange(t *testing.T, target, proxy, answer string) error {
 	}
 	return err
 }
+
+// A stream is an HTTP/2 stream error as net/http makes it.
+type stream streamError
+
+func (s stream) Error() string { return "stream error" }
+
+func (s stream) As(target any) bool {
+	as, ok := target.(*streamError)
+	if ok {
+		*as = streamError(s)
+	}
+	return ok
+}
+
+func TestStreamErrors(t *testing.T) {
+	for code := range uint32(16) {
+		for _, err := range asReturned(stream{StreamID: 1, Code: code}) {
+			assert.Equal(t, Fault{NeverSent: code == 7}, Of(nil, err), "%d", code)
+		}
+	}
+	assert.Equal(t, Fault{Kind: Caller}, Of(nil, stream{Code: 1, Cause: &HookError{io.EOF}}))
+}

@@ -3,6 +3,7 @@ package replay
 import (
 	"errors"
 	"io"
+	"sync/atomic"
 )
 
 // A ReadError says that a request body could not be read: the fault is the
@@ -43,8 +44,19 @@ func asReadError(err error) error {
 }
 
 // A watched body is one whose errors are told from the service's. It is used as a
-// pointer, which can be compared whatever the body is.
-type watched struct{ io.ReadCloser }
+// pointer, which can be compared whatever the body is. It is closed once, also if
+// a RoundTripper panics after closing it, and those above it close it again.
+type watched struct {
+	io.ReadCloser
+	closed atomic.Bool
+}
+
+func (w *watched) Close() error {
+	if w.closed.Swap(true) {
+		return nil
+	}
+	return w.ReadCloser.Close()
+}
 
 func (w *watched) Read(p []byte) (int, error) {
 	n, err := w.ReadCloser.Read(p)
@@ -66,5 +78,5 @@ func Watch(body io.ReadCloser) io.ReadCloser {
 	case *watched, *Attempt:
 		return body
 	}
-	return &watched{body}
+	return &watched{ReadCloser: body}
 }
