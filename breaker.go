@@ -127,9 +127,9 @@ var (
 )
 
 // attempt sends req to the service s, under the policy p, if the breaker admits
-// it, and reports whether it did. The life of s goes on for as long. Whoever calls
-// it counts the attempt, and its success if r says that it went well.
-func (st *state) attempt(s *service, p *policy, req *http.Request, r *result) (admitted bool) {
+// it. The life of s goes on for as long. Whoever calls it counts the attempt's
+// success if r says that it went well.
+func (st *state) attempt(s *service, p *policy, req *http.Request, r *result) {
 	pass, ok := s.breaker.Pass()
 	if !ok {
 		var no *circuit.Rejection
@@ -137,9 +137,10 @@ func (st *state) attempt(s *service, p *policy, req *http.Request, r *result) (a
 			closeBody(req)
 			st.logRejection(s, no)
 			r.err = (*OpenError)(no)
-			return false
+			return
 		}
 	}
+	s.counts.attempts.Add(1)
 	a := attempt{state: st, service: s, policy: p, req: req, pass: pass}
 	defer a.settleAnyhow(r)
 	if pass.Probe || !ok && s.policy.Load().circuit.Off() { // Admit may have changed the state
@@ -157,7 +158,6 @@ func (st *state) attempt(s *service, p *policy, req *http.Request, r *result) (a
 		a.settle(r)
 	}
 	a.done = true
-	return true
 }
 
 // clock returns the time if anybody will ask how long an attempt took.
@@ -212,7 +212,6 @@ func (a *attempt) succeed(r *result) {
 			a.pass = s.breaker.Answer(a.pass, a.req.Context(), time.Now())
 		}
 		s.life.Begin() // for the body; the attempt's own use goes on, so that it succeeds
-		s.counts.bodies.Add(1)
 		b := &body{ReadCloser: a.resp.Body, req: a.req, state: a.state, service: s, pass: a.pass}
 		if !a.start.IsZero() {
 			b.excused.Store(a.hurried())

@@ -264,3 +264,40 @@ type closer struct {
 }
 
 func (c closer) Close() error { c.close(); return nil }
+
+func TestAPanicOfWithRetrysFunctionClosesTheBody(t *testing.T) {
+	tr := &Transport{Base: tripptest.Script(200)}
+	req := tripptest.Request(t, WithRetry(context.Background(), func(*RetryPolicy) { panic("oops") }), http.MethodPost, "x")
+	closed := 0
+	req.Body = closer{strings.NewReader("x"), func() { closed++ }}
+	assert.PanicsWithValue(t, "oops", func() { _, _ = tr.RoundTrip(req) })
+	assert.Equal(t, 1, closed)
+}
+
+func TestCountersOnlyGrowBesideRejections(t *testing.T) {
+	tr := &Transport{Base: tripptest.Script(200), Policy: quick()}
+	require.True(t, tr.Trip(testHost, time.Hour, nil))
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				_, _ = get(tr)
+			}
+		}
+	}()
+	var before Stats
+	for range 20_000 {
+		st, _ := tr.Stats(testHost)
+		require.GreaterOrEqual(t, st.Requests, before.Requests)
+		require.GreaterOrEqual(t, st.Attempts, before.Attempts)
+		require.GreaterOrEqual(t, st.Rejected, before.Rejected)
+		before = st
+	}
+	close(stop)
+	<-stopped
+	assert.Zero(t, statsOf(t, tr, testHost).Attempts)
+}

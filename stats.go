@@ -176,21 +176,14 @@ type service struct {
 	created time.Time
 }
 
-// counters say what the life of a service does not. A request is a use of its
-// service, its first attempt belongs to it, and both mostly end well together: then
-// nothing of this is touched.
+// counters are those that a request without trouble moves. They only grow. How
+// many requests have ended well, each with its only attempt, is what the life of
+// the service counts.
 type counters struct {
-	bodies    atomic.Uint64 // uses that are no requests
-	unsent    atomic.Uint64 // first attempts that were not made, or not as such
-	attempts  atomic.Uint64 // other attempts
+	requests  atomic.Uint64
+	attempts  atomic.Uint64 // that the breaker let through
 	ok        atomic.Uint64 // requests that are OK, but did not end well with their first attempt
 	successes atomic.Uint64 // attempts likewise
-}
-
-// requests returns how many requests there have been.
-func (s *service) requests() uint64 {
-	others := s.counts.bodies.Load() // before what includes it
-	return s.life.Begun() - others
 }
 
 // trouble is the part of a service that only failures need.
@@ -258,7 +251,7 @@ func (s *service) budget() pace.Budget { return pace.Budget(s.policy.Load().Retr
 
 // spend takes a token of the service's budget for a retry.
 func (s *service) spend() bool {
-	return s.rest().budget.Spend(s.budget(), time.Now(), s.requests())
+	return s.rest().budget.Spend(s.budget(), time.Now(), s.counts.requests.Load())
 }
 
 // tokens returns what the service's budget holds.
@@ -309,9 +302,7 @@ func (s *service) stats(now time.Time) Stats {
 	}
 	well := s.life.EndedWell()
 	st.OK, st.Successes = well+s.counts.ok.Load(), well+s.counts.successes.Load()
-	unsent := s.counts.unsent.Load()
-	st.Requests = s.requests()
-	st.Attempts = st.Requests + s.counts.attempts.Load() - unsent
+	st.Attempts, st.Requests = s.counts.attempts.Load(), s.counts.requests.Load()
 	st.BudgetTokens = s.tokens(now, st.Requests)
 	return st
 }

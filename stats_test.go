@@ -27,6 +27,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/tripper-go/tripper/internal/registry"
@@ -894,4 +895,679 @@ func TestTripWithoutATime(t *testing.T) {
 		st, _ := tr.Stats("s")
 		require.Equal(t, time.Now().Add(time.Minute), st.OpenUntil)
 	})
+}
+
+// statsWatch keeps what an Observer is told, as lines.
+type statsWatch struct {
+	mu    sync.Mutex // guards lines
+	lines []string
+}
+
+func (w *statsWatch) say(format string, args ...any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.lines = append(w.lines, fmt.Sprintf(format, args...))
+}
+
+func (w *statsWatch) observer() *Observer {
+	return &Observer{
+		Attempt: func(e AttemptEvent) {
+			w.say("%s %s attempt %d: %d %v %v after %v", e.Service, e.Method, e.Attempt, e.Status, e.Outcome, e.Err, e.Duration)
+		},
+		Retry:       func(e RetryEvent) { w.say("retry %d in %v: %v", e.Attempt, e.Wait, e.Cause) },
+		StateChange: func(c StateChange) { w.say("%s %v to %v by %v", c.Service, c.From, c.To, c.Origin) },
+		Service:     func(name string) { w.say("service %s", name) },
+	}
+}
+
+func statsSlow(after time.Duration, step any) tripptest.Func {
+	return func(req *http.Request) (*http.Response, error) {
+		closeBody(req)
+		select {
+		case <-time.After(after):
+		case <-req.Context().Done():
+			return nil, req.Context().Err()
+		}
+		return tripptest.Script(step).RoundTrip(&http.Request{})
+	}
+}
+
+func TestObserverSeesEachAttempt(t *testing.T) {
+	early := func() *http.Response {
+		return tripptest.Answer(200, "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\"}}\n\n", "Content-Type", "text/event-stream")
+	}
+	tests := map[string]struct {
+		steps []any
+		want  []string
+	}{
+		"success":   {[]any{statsSlow(time.Second, 200)}, []string{"attempt 1: 200 success <nil> after 1s"}},
+		"not found": {[]any{statsSlow(time.Second, 404)}, []string{"attempt 1: 404 success <nil> after 1s"}},
+		"a retry": {[]any{statsSlow(time.Second, 503), statsSlow(2*time.Second, 200)}, []string{
+			"attempt 1: 503 failure <nil> after 1s", "attempt 2: 200 success <nil> after 2s"}},
+		"too many requests": {[]any{429, 200}, []string{"attempt 1: 429 ignored <nil> after 0s", "attempt 2: 200 success <nil> after 0s"}},
+		"an error": {[]any{errors.New("no way to https://api.example.com/v1?key=secret"), 200}, []string{
+			"attempt 1: 0 failure no way to https://api.example.com/v1* after 0s", "attempt 2: 200 success <nil> after 0s"}},
+		"the breaker opens": {[]any{503}, []string{"attempt 1: 503 failure <nil> after 0s", "attempt 2: 503 failure <nil> after 0s"}},
+		"the caller leaves": {[]any{statsSlow(time.Hour, 200)}, []string{"attempt 1: 0 ignored context canceled after 1m0s"}},
+		"a stream that begins with an error": {[]any{early(), 200}, []string{
+			"attempt 1: 0 failure * after 0s", "attempt 2: 200 success <nil> after 0s"}},
+		"no response": {[]any{tripptest.Func(func(*http.Request) (*http.Response, error) { return nil, nil })}, []string{
+			"attempt 1: 0 failure tripper: the base RoundTripper returned neither a response nor an error after 0s"}},
+	}
+	for name, test := range tests {
+		for _, layers := range [][]Layer{nil, {func(next http.RoundTripper) http.RoundTripper { return benchLayer{next} }}} {
+			t.Run(fmt.Sprint(name, " ", len(layers)), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var watch statsWatch
+					tr := &Transport{Base: tripptest.Script(test.steps...), Layers: layers,
+						Observers: []*Observer{{}, {Attempt: watch.observer().Attempt}, {Attempt: func(e AttemptEvent) {
+							assert.Equal(t, "mine", e.Context.Value(statsKey{}))
+							assert.Equal(t, e.Duration, time.Since(e.Start))
+						}}},
+						Policy: Policy{HoldStream: true, Breaker: BreakerPolicy{FailureThreshold: 2},
+							Retry: RetryPolicy{Jitter: JitterNone}}}
+					ctx, cancel := context.WithCancel(context.WithValue(t.Context(), statsKey{}, "mine"))
+					time.AfterFunc(time.Minute, cancel)
+					req := tripptest.Request(t, ctx, http.MethodGet, "")
+					req.URL.RawQuery = "key=secret"
+					resp, err := tr.RoundTrip(req)
+					closeResponse(resp)
+					requireStatsLines(t, test.want, watch.lines)
+					if name == "the breaker opens" {
+						require.NoError(t, err)
+						_, err = tr.RoundTrip(req)
+						require.ErrorIs(t, err, ErrRejected)
+						require.Len(t, watch.lines, 2, "what is rejected is no attempt")
+					}
+				})
+			})
+		}
+	}
+}
+
+type statsKey struct{}
+
+// requireStatsLines compares lines about testHost. A * stands for any text.
+func requireStatsLines(t *testing.T, want, got []string) {
+	t.Helper()
+	require.Len(t, got, len(want), "%q", got)
+	for i := range want {
+		pattern := strings.ReplaceAll(regexp.QuoteMeta(testHost+" GET "+want[i]), `\*`, ".*")
+		require.Regexp(t, "^"+pattern+"$", got[i])
+	}
+}
+
+// A service is told of once, and before the first attempt to it. Those that the
+// configuration names begin with the first use, whatever it is.
+func TestObserverSeesServicesBegin(t *testing.T) {
+	var watch statsWatch
+	base := tripptest.Func(func(req *http.Request) (*http.Response, error) {
+		watch.say("sent to %s", req.URL.Host)
+		return statsAnswer(200), nil
+	})
+	tr := &Transport{Base: base, Hosts: map[string]Policy{"named.example.com": {}, "*.wild.example.com": {Service: "wild"}},
+		Observers: []*Observer{{Service: watch.observer().Service}}}
+	require.Equal(t, testHost, tr.ServiceOf(tripptest.Request(t, t.Context(), http.MethodGet, "")))
+	slices.Sort(watch.lines)
+	require.Equal(t, []string{"service named.example.com", "service wild"}, watch.lines)
+	watch.lines = nil
+	for range 2 {
+		for _, host := range []string{"named.example.com", "a.wild.example.com", "API.example.com", "api.example.com:443"} {
+			statsTouch(t, tr, host)
+		}
+	}
+	require.True(t, tr.Trip("tripped.example.com", time.Hour, nil))
+	require.True(t, tr.Trip("tripped.example.com", time.Hour, nil))
+	_, err := statsGet(tr, "tripped.example.com")
+	require.ErrorIs(t, err, ErrRejected)
+	require.Equal(t, []string{
+		"sent to named.example.com", "sent to a.wild.example.com", "service api.example.com", "sent to API.example.com", "sent to api.example.com:443",
+		"sent to named.example.com", "sent to a.wild.example.com", "sent to API.example.com", "sent to api.example.com:443",
+		"service tripped.example.com",
+	}, watch.lines)
+}
+
+// Hooks may call any method, and see what they are told of.
+func TestHooksMayCallEverything(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var tr *Transport
+		var calls [4]int
+		inside := false // the hooks of what a hook has done are told, too
+		try := func(hook int, service string) {
+			calls[hook]++
+			st, ok := tr.Stats(service)
+			assert.True(t, ok)
+			assert.Equal(t, service, st.Service)
+			assert.Contains(t, statsAllNames(tr), service)
+			tr.Forgotten()
+			assert.NoError(t, tr.Validate())
+			assert.Equal(t, "other.example.com", tr.ServiceOf(&http.Request{URL: &url.URL{Scheme: "https", Host: "other.example.com"}}))
+			tr.CloseIdleConnections()
+			if inside {
+				return
+			}
+			inside = true
+			defer func() { inside = false }()
+			assert.True(t, tr.Trip("another.example.com", time.Hour, nil))
+			assert.True(t, tr.Reset("another.example.com"))
+			assert.True(t, tr.Trip(service, time.Hour, nil))
+			assert.True(t, tr.Reset(service))
+			statsTouch(t, tr, "fine.example.com")
+		}
+		base := tripptest.Func(func(req *http.Request) (*http.Response, error) {
+			if req.URL.Host == "fine.example.com" {
+				return statsAnswer(200), nil
+			}
+			return statsAnswer(503), nil
+		})
+		tr = &Transport{Base: base, Hosts: map[string]Policy{"named.example.com": {}}, Observers: []*Observer{{
+			Attempt:     func(e AttemptEvent) { try(0, e.Service) },
+			Retry:       func(e RetryEvent) { try(1, e.Service) },
+			StateChange: func(c StateChange) { try(2, c.Service) },
+			Service:     func(name string) { try(3, name) },
+		}}}
+		for range 4 {
+			resp, err := get(tr)
+			require.NoError(t, err)
+			require.Equal(t, 503, resp.StatusCode)
+		}
+		for hook, n := range calls {
+			require.NotZero(t, n, hook)
+		}
+		for st := range tr.All() {
+			require.Equal(t, Closed, st.State, st.Service)
+			requireStatsReconcile(t, st)
+		}
+	})
+}
+
+// A hook that panics takes its request with it, and nothing else.
+func TestHooksMayPanic(t *testing.T) {
+	hooks := map[string]func(*Observer){
+		"Attempt":     func(o *Observer) { o.Attempt = func(AttemptEvent) { panic("hook") } },
+		"Retry":       func(o *Observer) { o.Retry = func(RetryEvent) { panic("hook") } },
+		"StateChange": func(o *Observer) { o.StateChange = func(StateChange) { panic("hook") } },
+		"Service":     func(o *Observer) { o.Service = func(string) { panic("hook") } },
+	}
+	for name, set := range hooks {
+		for _, hosts := range []map[string]Policy{nil, {"named.example.com": {}}} {
+			t.Run(fmt.Sprint(name, " ", len(hosts)), func(t *testing.T) {
+				o := &Observer{}
+				set(o)
+				synctest.Test(t, func(t *testing.T) { requireStatsSurvives(t, o, hosts) })
+			})
+		}
+	}
+}
+
+func requireStatsSurvives(t *testing.T, o *Observer, hosts map[string]Policy) {
+	s := &statsSwitch{}
+	tr := &Transport{Base: s, Hosts: hosts, Observers: []*Observer{o}, Policy: Policy{
+		Retry: RetryPolicy{Replay: ReplayAny}, Breaker: BreakerPolicy{FailureThreshold: 2}}}
+	for i := range 9 {
+		upload := &statsUpload{Reader: strings.NewReader("question")}
+		req, err := http.NewRequest(http.MethodPost, "https://"+testHost, upload)
+		require.NoError(t, err)
+		statsAnyhow(tr, req)
+		require.EqualValues(t, 1, upload.closes.Load(), i)
+		time.Sleep(2 * time.Minute)
+		if i == 2 {
+			s.status.Store(200)
+		}
+	}
+	require.Equal(t, Closed, statsOf(t, tr, testHost).State, "it is not wedged")
+}
+
+// statsSurvive calls f, which may panic or call Goexit.
+func statsSurvive(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() { _ = recover() }()
+		f()
+	}()
+	<-done
+}
+
+// statsAnyhow makes a request that may end in any way, and reads the response.
+func statsAnyhow(tr *Transport, req *http.Request) {
+	statsSurvive(func() {
+		resp, err := tr.RoundTrip(req)
+		if err == nil {
+			_, _ = io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		}
+	})
+}
+
+// A statsUpload is a request body that counts how often it is closed.
+type statsUpload struct {
+	io.Reader
+	closes atomic.Int32
+}
+
+func (u *statsUpload) Close() error { u.closes.Add(1); return nil }
+
+// All and Forgotten together account for every request, also to services that
+// are no longer kept.
+func TestForgottenAccountsForTheRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const hosts = 7000
+		var n, told atomic.Int64
+		base := tripptest.Func(func(req *http.Request) (*http.Response, error) {
+			closeBody(req)
+			switch n.Add(1) % 7 {
+			case 0:
+				return nil, errStatsDown
+			case 1:
+				return statsAnswer(429), nil
+			case 2:
+				return statsStream(io.ErrUnexpectedEOF), nil
+			case 3:
+				return nil, context.Canceled
+			case 4:
+				return tripptest.Answer(200, "fine"), nil
+			}
+			return statsAnswer(200), nil
+		})
+		tr := &Transport{Base: base, Policy: Policy{Retry: RetryPolicy{MinWait: time.Millisecond, MaxAttempts: 2}, Breaker: BreakerPolicy{FailureThreshold: 1, RecoveryTimeout: time.Second}},
+			Observers: []*Observer{{StateChange: func(c StateChange) {
+				if c.Origin == OriginForgotten {
+					told.Add(1)
+					assert.Equal(t, Closed, c.To)
+				}
+			}}}}
+		require.Equal(t, Stats{}, tr.Forgotten())
+		for i := range 2 * hosts {
+			resp, err := statsGet(tr, fmt.Sprintf("h%d.example.com", i/2)) // twice in a row
+			if err == nil {
+				_, _ = io.Copy(io.Discard, resp.Body)
+				resp.Body.Close()
+			}
+			if i%100 == 0 {
+				time.Sleep(time.Second)
+			}
+		}
+		sum := tr.Forgotten()
+		require.NotZero(t, sum.Requests)
+		require.NotZero(t, told.Load())
+		require.GreaterOrEqual(t, sum.Closed, uint64(told.Load()))
+		require.Empty(t, sum.Service)
+		require.True(t, sum.Since.IsZero())
+		requireStatsReconcile(t, sum)
+		for st := range tr.All() {
+			requireStatsReconcile(t, st)
+			sum = sum.plus(st)
+		}
+		require.EqualValues(t, 2*hosts, sum.Requests)
+		require.EqualValues(t, n.Load(), sum.Attempts)
+		require.Equal(t, sum.Transitions, sum.Opened+sum.HalfOpened+sum.Closed)
+		for name, count := range map[string]uint64{"ok": sum.OK, "failed": sum.Failed, "rejected": sum.Rejected, "cancelled": sum.Cancelled,
+			"stream failures": sum.StreamFailures, "retries": sum.Retries, "ignored": sum.Ignored} {
+			require.NotZero(t, count, name)
+		}
+	})
+}
+
+// Also if a hook panics when it is told of a service that goes.
+func TestForgottenWithAHookThatPanics(t *testing.T) {
+	died := 0
+	tr := &Transport{Base: statsOK, Observers: []*Observer{{StateChange: func(c StateChange) {
+		if c.Origin == OriginForgotten {
+			died++
+			panic("hook")
+		}
+	}}}}
+	const hosts = registry.Max + 100
+	for i := range hosts {
+		host := fmt.Sprintf("h%d.example.com", i)
+		if i < 50 {
+			require.True(t, tr.Trip(host, 1, nil))
+		}
+		statsAnyhow(tr, &http.Request{Method: http.MethodGet, URL: &url.URL{Scheme: "https", Host: host}})
+		if i < 50 {
+			require.True(t, tr.Trip(host, 1, nil))
+		}
+	}
+	sum := tr.Forgotten()
+	for st := range tr.All() {
+		sum = sum.plus(st)
+	}
+	require.Equal(t, 50, died)
+	require.EqualValues(t, hosts-died, sum.Requests, "those that died had not begun")
+	require.Equal(t, sum.Requests, sum.OK+sum.Rejected)
+}
+
+func TestServiceOf(t *testing.T) {
+	tr := &Transport{
+		Base:    statsOK,
+		Hosts:   map[string]Policy{"claude.example": {Service: "claude_api"}, "*.wild.example": {Service: "wild"}, "localhost:8080": {}},
+		Service: func(req *http.Request) string { return req.Header.Get("Model") },
+	}
+	request := func(target, model string) *http.Request {
+		req, err := http.NewRequest(http.MethodGet, target, nil)
+		require.NoError(t, err)
+		req.Header.Set("Model", model)
+		return req
+	}
+	before := statsAllNames(tr)
+	for _, c := range []struct{ target, model, want string }{
+		{"https://claude.example/v1", "", "claude_api"},
+		{"https://claude.example:443/v1", "", "claude_api"},
+		{"https://a.wild.example", "", "wild"},
+		{"http://localhost:8080", "", "localhost:8080"},
+		{"https://api.example.com", "", "api.example.com"},
+		{"https://api.example.com:443", "", "api.example.com"},
+		{"https://api.example.com:8443", "", "api.example.com:8443"},
+		{"https://api.example.com", "small", "small"},
+	} {
+		req := request(c.target, c.model)
+		require.Equal(t, c.want, tr.ServiceOf(req), c)
+		require.Zero(t, testing.AllocsPerRun(100, func() { tr.ServiceOf(req) }), c)
+	}
+	require.Equal(t, "api.example.com", tr.ServiceOf(request("https://API.Example.com.", "")))
+	require.Equal(t, "small", tr.ServiceOf(request("file:///etc", "small")))
+	require.Empty(t, tr.ServiceOf(request("file:///etc", "")))
+	require.Empty(t, tr.ServiceOf(nil))
+	require.Empty(t, tr.ServiceOf(&http.Request{}))
+	require.Equal(t, before, statsAllNames(tr), "it begins none")
+	invalid := &Transport{ReplayMemory: -1}
+	require.Empty(t, invalid.ServiceOf(request("https://api.example.com", "")))
+}
+
+// Lines about retries come at most ten times a second for each service. The next
+// one then says how many were left out, and none is forgotten.
+func TestLogRetriesTenTimesASecond(t *testing.T) {
+	tests := map[string]struct {
+		message string
+		policy  RetryPolicy
+	}{
+		"retrying":     {"retrying", RetryPolicy{MinWait: time.Hour, MaxWait: time.Hour}},
+		"not retrying": {`"not retrying"`, RetryPolicy{MaxElapsed: 1500 * time.Millisecond, MinWait: 1500 * time.Millisecond}},
+	}
+	for name, test := range tests {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var log bytes.Buffer
+				test.policy.Budget = Budget{Ratio: -1}
+				tr := &Transport{Base: tripptest.Script(503), Logger: statsLogger(&log),
+					Policy: Policy{Retry: test.policy, Breaker: BreakerPolicy{FailureThreshold: -1}}}
+				const seconds, each = 5, 50
+				services := []string{"a.example.com", "b.example.com"}
+				var all sync.WaitGroup
+				ctx, cancel := context.WithCancel(t.Context())
+				for range seconds * each {
+					for _, host := range services {
+						all.Go(func() {
+							req := tripptest.Request(t, ctx, http.MethodGet, "")
+							req.URL.Host = host
+							resp, _ := tr.RoundTrip(req)
+							closeResponse(resp)
+						})
+						synctest.Wait()
+					}
+					time.Sleep(time.Second / each)
+				}
+				cancel()
+				all.Wait()
+				require.NotContains(t, strings.ReplaceAll(log.String(), "msg="+test.message, ""), "msg=")
+				for _, host := range services {
+					lines, leftOut := statsLeftOut(t, log.String(), host)
+					require.Equal(t, 10*seconds, lines)
+					require.Equal(t, slices.Repeat([]int{each - 10}, seconds-1), leftOut)
+				}
+			})
+		})
+	}
+}
+
+// statsLeftOut counts the lines about a service, and returns what they say was
+// left out.
+func statsLeftOut(t *testing.T, log, service string) (lines int, leftOut []int) {
+	for line := range strings.Lines(log) {
+		if !strings.Contains(line, "service="+service+" ") {
+			continue
+		}
+		lines++
+		if _, text, ok := strings.Cut(line, "left_out="); ok {
+			n, err := strconv.Atoi(strings.TrimSpace(text))
+			require.NoError(t, err)
+			leftOut = append(leftOut, n)
+		}
+	}
+	return lines, leftOut
+}
+
+// A statsStorm is a base, a Layer, hooks and a Service that do everything that
+// they may do, and what became of the requests.
+type statsStorm struct {
+	tr       *Transport
+	calm     atomic.Bool // nothing goes wrong any more
+	sent     atomic.Uint64
+	requests atomic.Uint64
+	uploads  sync.Map // of *statsUpload
+
+	mu     sync.Mutex // guards the fields below
+	states map[string]State
+	wrong  []string
+}
+
+func newStatsStorm() *statsStorm {
+	s := &statsStorm{states: map[string]State{}}
+	quick := RetryPolicy{MinWait: time.Millisecond, MaxWait: time.Second, Replay: ReplayAny}
+	s.tr = &Transport{
+		Base: tripptest.Func(s.answer),
+		Layers: []Layer{func(next http.RoundTripper) http.RoundTripper {
+			return tripptest.Func(func(req *http.Request) (*http.Response, error) { return s.layer(next, req) })
+		}},
+		Policy: Policy{Retry: quick, Breaker: BreakerPolicy{FailureThreshold: 2, RecoveryTimeout: 10 * time.Second}},
+		Hosts: map[string]Policy{
+			"hot0.example.com": {Retry: quick, Breaker: BreakerPolicy{FailureThreshold: 3, RecoveryTimeout: time.Second, MaxRecoveryTimeout: time.Minute}},
+			"hot1.example.com": {Retry: quick, HoldStream: true, Timeout: 5 * time.Second, Idle: 5 * time.Second},
+			"hot2.example.com": {Retry: quick, TotalTimeout: 3 * time.Second, Breaker: BreakerPolicy{FailureThreshold: -1, FailureRate: 0.3, MinRequests: 5}},
+			"hot3.example.com": {Retry: RetryPolicy{MinWait: time.Millisecond, MaxElapsed: time.Minute, IdempotencyKey: true}, Breaker: BreakerPolicy{SlowCall: time.Second}},
+			"hot4.example.com": {Retry: quick, Breaker: BreakerPolicy{FailureThreshold: -1}},
+			"hot5.example.com": {Retry: quick, Breaker: BreakerPolicy{FailureThreshold: 2, Observe: true}},
+		},
+		Logger: slog.New(slog.DiscardHandler),
+	}
+	s.tr.Observers = []*Observer{{
+		Attempt:     func(e AttemptEvent) { s.chance(e.Service, 300) },
+		Retry:       func(e RetryEvent) { s.chance(e.Service, 300) },
+		StateChange: s.changed,
+		Service:     func(name string) { s.tr.Stats(name) },
+	}}
+	return s
+}
+
+// chance panics, calls Goexit or calls some method of the Transport, once in n
+// times each.
+func (s *statsStorm) chance(service string, n int) {
+	if s.calm.Load() {
+		return
+	}
+	switch rand.IntN(n) {
+	case 0:
+		panic("storm")
+	case 1:
+		runtime.Goexit()
+	case 2:
+		s.tr.Trip(service, time.Duration(rand.IntN(20))*time.Second, nil)
+	case 3:
+		s.tr.Reset(service)
+	case 4:
+		s.tr.Stats(service)
+	}
+}
+
+// changed sees that the changes of those services that are never forgotten come
+// in order.
+func (s *statsStorm) changed(c StateChange) {
+	if strings.HasPrefix(c.Service, "hot") {
+		s.mu.Lock()
+		if was := s.states[c.Service]; was != c.From {
+			s.wrong = append(s.wrong, fmt.Sprintf("%s: %v to %v, but it was %v", c.Service, c.From, c.To, was))
+		}
+		s.states[c.Service] = c.To
+		s.mu.Unlock()
+	}
+	if s.calm.Load() {
+		return
+	}
+	switch rand.IntN(200) { // it does not panic: a request that dies before it is sent would be missing from the sums
+	case 0:
+		s.tr.Trip(c.Service, time.Second, nil)
+	case 1:
+		s.tr.Reset(c.Service)
+	}
+}
+
+func (s *statsStorm) layer(next http.RoundTripper, req *http.Request) (*http.Response, error) {
+	if rand.IntN(400) == 0 && !s.calm.Load() {
+		panic("layer")
+	}
+	return next.RoundTrip(req)
+}
+
+func (s *statsStorm) answer(req *http.Request) (*http.Response, error) {
+	s.sent.Add(1)
+	defer closeBody(req)
+	if s.calm.Load() {
+		return tripptest.Answer(200, "fine"), nil
+	}
+	if req.Body != nil && rand.IntN(4) > 0 {
+		_, _ = io.Copy(io.Discard, req.Body)
+	}
+	select {
+	case <-time.After(time.Duration(rand.IntN(3)) * 700 * time.Millisecond):
+	case <-req.Context().Done():
+		return nil, context.Cause(req.Context())
+	}
+	switch rand.IntN(40) {
+	case 0:
+		panic("base")
+	case 1:
+		runtime.Goexit()
+	case 2, 3, 4, 5:
+		return tripptest.Answer(503, "down"), nil
+	case 6, 7:
+		return tripptest.Answer(429, "slow down", "Retry-After", "1"), nil
+	case 8, 9:
+		return nil, errStatsDown
+	case 10, 11:
+		return statsStream(io.ErrUnexpectedEOF), nil
+	case 12:
+		resp := statsStream(io.EOF)
+		resp.Header.Set("Content-Type", "text/event-stream")
+		return resp, nil
+	case 13:
+		return nil, nil
+	}
+	return tripptest.Answer(200, "fine"), nil
+}
+
+// request makes one of all kinds of requests.
+func (s *statsStorm) request() {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	switch rand.IntN(6) {
+	case 0:
+		time.AfterFunc(time.Duration(rand.IntN(2000))*time.Millisecond, cancel)
+	case 1:
+		ctx, cancel = context.WithTimeout(ctx, time.Duration(rand.IntN(3000))*time.Millisecond)
+		defer cancel()
+	case 2:
+		ctx = WithRetry(ctx, func(r *RetryPolicy) { r.MaxAttempts = 1 + rand.IntN(4) })
+	}
+	host := fmt.Sprintf("hot%d.example.com", rand.IntN(6))
+	if rand.IntN(2) == 0 {
+		host = fmt.Sprintf("h%d.example.com", rand.IntN(7000))
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+host+"/", nil)
+	if rand.IntN(3) == 0 {
+		upload := &statsUpload{Reader: strings.NewReader("question")}
+		s.uploads.Store(upload, true)
+		req, err = http.NewRequestWithContext(ctx, http.MethodPost, "https://"+host+"/", upload)
+	}
+	if err != nil {
+		panic(err)
+	}
+	s.requests.Add(1)
+	statsAnyhow(s.tr, req)
+	statsSurvive(func() { s.meddle(host) })
+}
+
+// meddle does what a program may do beside its requests.
+func (s *statsStorm) meddle(host string) {
+	switch rand.IntN(200) {
+	case 0:
+		s.tr.Trip(host, time.Duration(rand.IntN(60))*time.Second, nil)
+	case 1:
+		s.tr.Reset(host)
+	case 2:
+		for st := range s.tr.All() {
+			if st.OK+st.Failed+st.Rejected+st.Cancelled > st.Requests || st.Successes+st.Failures+st.Ignored > st.Attempts {
+				s.mu.Lock()
+				s.wrong = append(s.wrong, fmt.Sprintf("%+v", st))
+				s.mu.Unlock()
+			}
+		}
+	case 3:
+		s.tr.Forgotten()
+	}
+}
+
+// Panics, Goexit, callers that leave, Trip, Reset and more hosts than are kept:
+// afterwards everything reconciles and nothing is wedged. A goroutine that is
+// left would fail the test as well: its bubble would not end.
+func TestStorm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStatsStorm()
+		var all sync.WaitGroup
+		for range 32 {
+			all.Go(func() {
+				for range 700 {
+					s.request()
+				}
+			})
+		}
+		all.Wait()
+		time.Sleep(10 * time.Minute) // every opening is over
+		synctest.Wait()
+		s.calm.Store(true)
+		require.Empty(t, s.wrong)
+		s.uploads.Range(func(upload, _ any) bool {
+			require.EqualValues(t, 1, upload.(*statsUpload).closes.Load())
+			return true
+		})
+		requireStatsStorm(t, s)
+		// Whoever is asked now answers, and closes its breaker.
+		for st := range s.tr.All() {
+			for range 4 {
+				resp, err := statsGet(s.tr, st.Service)
+				require.NoError(t, err, st.Service)
+				resp.Body.Close()
+				s.requests.Add(1)
+			}
+		}
+		for st := range s.tr.All() {
+			require.Equal(t, Closed, st.State, st.Service)
+		}
+		requireStatsStorm(t, s)
+	})
+}
+
+// requireStatsStorm compares the counters with what really was.
+func requireStatsStorm(t *testing.T, s *statsStorm) {
+	t.Helper()
+	sum := s.tr.Forgotten()
+	requireStatsReconcile(t, sum)
+	require.NotZero(t, sum.Requests)
+	for st := range s.tr.All() {
+		requireStatsReconcile(t, st)
+		sum = sum.plus(st)
+	}
+	require.Equal(t, s.requests.Load(), sum.Requests)
+	require.Equal(t, s.sent.Load(), sum.Attempts)
+	require.Equal(t, sum.Transitions, sum.Opened+sum.HalfOpened+sum.Closed)
 }

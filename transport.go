@@ -489,6 +489,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if s == nil {
 		return st.base.RoundTrip(req) // not a request to any service
 	}
+	s.counts.requests.Add(1)
 	if p.straight && st.layers == nil && simple(req) {
 		return st.goStraight(s, p, req)
 	}
@@ -525,7 +526,7 @@ func (st *state) goStraight(s *service, p *policy, req *http.Request) (*http.Res
 			s.life.End()
 		}
 	}()
-	admitted := st.attempt(s, p, req, &r)
+	st.attempt(s, p, req, &r)
 	if r.well {
 		if r.resp.Request != req {
 			r.resp.Request = req
@@ -534,9 +535,6 @@ func (st *state) goStraight(s *service, p *policy, req *http.Request) (*http.Res
 	}
 	handedOver = true
 	k := call{state: st, service: s, policy: p, retry: &p.Retry, req: req, model: req, result: r, attempts: 1}
-	if !admitted {
-		s.counts.unsent.Add(1)
-	}
 	if !k.sent() {
 		k.attempts = 0
 	}
@@ -795,17 +793,16 @@ func (k *call) sdkAnswer(err error) *http.Response {
 func (k *call) first() {
 	ctx := k.req.Context()
 	v := valueOf(ctx)
+	k.sending = k.req // to be closed if WithRetry's function panics
 	if v != nil && v.change != nil {
 		if err := k.ownPolicy(v.change); err != nil {
 			closeBody(k.req)
-			k.service.counts.unsent.Add(1)
 			k.result = result{err: err, fault: fault.Fault{Kind: fault.Caller}}
 			return
 		}
 	}
 	if ctx.Err() != nil {
 		closeBody(k.req)
-		k.service.counts.unsent.Add(1)
 		k.judge(k.req, nil, context.Cause(ctx)) // as net/http has it
 		return
 	}
@@ -870,9 +867,6 @@ func (k *call) send() {
 	k.attempts++
 	switch {
 	case k.state.layers != nil:
-		if k.attempts == 1 {
-			k.service.counts.unsent.Add(1) // it is counted below the Layers
-		}
 		resp, err := k.state.layers.RoundTrip(req)
 		k.judge(req, resp, err)
 	case req.URL != k.req.URL && (req.URL.Host != k.req.URL.Host || req.URL.Scheme != k.req.URL.Scheme):
@@ -890,18 +884,9 @@ func (k *call) send() {
 
 // sendStraight makes one attempt at the request's own service.
 func (k *call) sendStraight(req *http.Request) {
-	counts, first := &k.service.counts, k.attempts == 1
-	if !first {
-		counts.attempts.Add(1)
-	}
-	admitted := k.state.attempt(k.service, k.policy, req, &k.result)
-	switch {
-	case !admitted && first:
-		counts.unsent.Add(1)
-	case !admitted:
-		counts.attempts.Add(^uint64(0))
-	case k.well && (!first || k.retry.CheckRetry != nil):
-		counts.successes.Add(1)
+	k.state.attempt(k.service, k.policy, req, &k.result)
+	if k.well && (k.attempts > 1 || k.retry.CheckRetry != nil) {
+		k.service.counts.successes.Add(1)
 		k.well = false
 	}
 }
@@ -933,12 +918,8 @@ func (st *state) elsewhere(req *http.Request, r *result) {
 		r.judge(req, resp, err)
 		return
 	}
-	s.counts.bodies.Add(1)
-	s.counts.attempts.Add(1)
 	defer s.life.End()
-	if !st.attempt(s, p, req, r) {
-		s.counts.attempts.Add(^uint64(0))
-	}
+	st.attempt(s, p, req, r)
 	if r.well {
 		s.counts.successes.Add(1)
 		r.well = false
