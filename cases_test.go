@@ -301,3 +301,18 @@ func TestCountersOnlyGrowBesideRejections(t *testing.T) {
 	<-stopped
 	assert.Zero(t, statsOf(t, tr, testHost).Attempts)
 }
+
+// uncomparable is a context whose type cannot be compared.
+type uncomparable struct {
+	context.Context
+	_ []int
+}
+
+func TestContextsNeedNotBeComparable(t *testing.T) {
+	tr := &Transport{Base: tripptest.Script(503, 200, 200), Policy: quick()}
+	for _, ctx := range []context.Context{context.Background(), WithRetry(context.Background(), nil)} {
+		resp, err := tr.RoundTrip(tripptest.Request(t, uncomparable{Context: ctx}, http.MethodGet, ""))
+		require.NoError(t, err)
+		assert.Equal(t, 200, resp.StatusCode)
+	}
+}

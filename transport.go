@@ -507,7 +507,7 @@ func simple(req *http.Request) bool {
 		return false
 	}
 	ctx := req.Context()
-	return ctx == context.Background() || ctx.Err() == nil && valueOf(ctx) == nil && fault.WatchHook(ctx) == ctx
+	return ctx.Err() == nil && valueOf(ctx) == nil && !fault.HasHook(ctx)
 }
 
 // goStraight makes the first attempt of a simple request. If that does not go
@@ -818,7 +818,7 @@ func (k *call) first() {
 	if v != nil { // it is this request's, and not for those that a Layer makes with its context
 		watched = ofAttempt(watched, 1)
 	}
-	if watched != ctx {
+	if v != nil || fault.HasHook(ctx) {
 		k.sending = k.model.WithContext(watched)
 	}
 	k.takeFirstBody()

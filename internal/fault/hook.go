@@ -19,14 +19,21 @@ func (e *HookError) Unwrap() error { return e.Err }
 // error that it wraps, and looks no deeper.)
 func (e *HookError) Timeout() bool { return IsTimeout(e.Err) }
 
+// HasHook reports whether WatchHook has anything to watch. (Contexts must not be
+// compared: their types need not be comparable.)
+func HasHook(ctx context.Context) bool {
+	trace := httptrace.ContextClientTrace(ctx)
+	return trace != nil && trace.Got1xxResponse != nil
+}
+
 // WatchHook returns a context in which an error of the Got1xxResponse hook, the
 // only one that can fail, comes as a *HookError. Without such a hook it is ctx
 // itself.
 func WatchHook(ctx context.Context) context.Context {
-	trace := httptrace.ContextClientTrace(ctx)
-	if trace == nil || trace.Got1xxResponse == nil {
+	if !HasHook(ctx) {
 		return ctx
 	}
+	trace := httptrace.ContextClientTrace(ctx)
 	hook, copied := trace.Got1xxResponse, *trace
 	copied.Got1xxResponse = func(code int, header textproto.MIMEHeader) error {
 		err := hook(code, header)
