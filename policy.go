@@ -131,7 +131,7 @@ type BreakerPolicy struct {
 	// answer or when their body broke off. Ignored attempts in between are passed
 	// over; one that has succeeded or is still under way ends the row. Zero means
 	// 5; below zero means that rows do not count: with a FailureRate the breaker
-	// opens by that alone, without one there is no breaker.
+	// opens by the rate alone; without one there is none at all.
 	FailureThreshold int
 
 	// RecoveryTimeout is how long the breaker stays open before it lets probes

@@ -44,7 +44,7 @@ func (f *Failure) Unwrap() error { return f.Err }
 const maxHeld = 64 << 10
 
 // Hold holds back a response to req that is an event stream until its first
-// real event: one that has data and is no ping. If the stream ends, breaks off
+// real event: one that has data, other than a ping. If the stream ends, breaks off
 // or reports an error that a retry may cure before that, the attempt has failed:
 // Hold returns a *Failure. Other streams flow as they come from then on, with a
 // *Body for their body. Other responses are returned as they are.

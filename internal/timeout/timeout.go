@@ -43,8 +43,13 @@ type Exceeded struct {
 	Limit time.Duration
 }
 
-func (e *Exceeded) Error() string   { return fmt.Sprintf("tripper: %s within %v", e.What, e.Limit) }
-func (e *Exceeded) Timeout() bool   { return true }
+// Error says what did not come, and within which limit.
+func (e *Exceeded) Error() string { return fmt.Sprintf("tripper: %s within %v", e.What, e.Limit) }
+
+// Timeout reports true.
+func (e *Exceeded) Timeout() bool { return true }
+
+// Temporary reports true, as net/http's own timeouts do.
 func (e *Exceeded) Temporary() bool { return true }
 
 // Is makes it match what net/http's own timeouts match.
@@ -56,10 +61,12 @@ type SlowBodyError struct {
 	Limit time.Duration
 }
 
+// Error says how long the body gave nothing.
 func (e *SlowBodyError) Error() string {
 	return fmt.Sprintf("tripper: the request body gave nothing within %v", e.Limit)
 }
 
+// Timeout reports true.
 func (e *SlowBodyError) Timeout() bool { return true }
 
 // RoundTrip sends a copy of req whose context ends when a limit is exceeded.
