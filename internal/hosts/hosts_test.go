@@ -240,7 +240,8 @@ func FuzzHost(f *testing.F) {
 		for _, scheme := range []string{"http", "https"} {
 			name := ServiceName(scheme, u.Host)
 			for _, alias := range []string{name, strings.ToUpper(name), WithoutDefaultPort(scheme, u.Host)} {
-				if again := ServiceName(scheme, alias); again != name && strings.EqualFold(alias, name) {
+				lower := strings.ToLower(alias) // for some letters it is not what they fold to
+				if again := ServiceName(scheme, alias); again != name && lower == strings.ToLower(name) {
 					t.Errorf("%s://%s: service %q, but %q of %q", scheme, u.Host, name, again, alias)
 				}
 			}
