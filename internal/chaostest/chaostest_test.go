@@ -706,7 +706,8 @@ func (b *base) RoundTrip(req *http.Request) (*http.Response, error) {
 		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(c.text)), nil }
 	}
 	resp, err := b.next.RoundTrip(req)
-	if !c.leaves && !c.broken && (err != nil && req.Context().Err() == nil || err == nil && failedStatus(resp.StatusCode) && resp.StatusCode != http.StatusTooManyRequests) {
+	_, hasty := req.Context().Deadline() // whose end says nothing, and may come at any moment
+	if !c.leaves && !c.broken && !hasty && (err != nil || err == nil && failedStatus(resp.StatusCode) && resp.StatusCode != http.StatusTooManyRequests) {
 		s.failures.Add(1)
 	}
 	if resp != nil && resp.Body != http.NoBody {
