@@ -373,8 +373,8 @@ func (t *Transport) All() iter.Seq[Stats] {
 	}
 }
 
-// Forgotten returns the sums of the counters of the services that are no longer
-// kept: together with All they account for every request. Its other fields are
+// Forgotten returns the sums of the counters of the services that have been let
+// go of: together with All they account for every request. Its other fields are
 // zero.
 func (t *Transport) Forgotten() Stats {
 	f := &t.load().forgotten
